@@ -1,0 +1,157 @@
+// Vec<T, N>: N values of T in a SIMD register, by the vector extension of GCC and Clang. Host only.
+//
+// The functions are written out instead of left to the autovectoriser, which takes the GRU but not the LSTM.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cells/math.h"
+
+namespace torchrnn {
+inline namespace RNN_ISA {
+
+template <typename T>
+struct VecConstants;
+
+// exp(y) = 2^n exp(r) with n = round(y / ln 2) and |r| <= ln 2 / 2. kRound is 1.5 * 2^(mantissa bits): adding it
+// rounds to an integer, whose value is then in the low bits. ln 2 in two parts makes r exact to working precision.
+template <>
+struct VecConstants<float> {
+  using Int = int32_t;
+  static constexpr float kRound = 12582912.0f, kLog2e = 1.44269504f, kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
+  static constexpr int kMantissa = 23;
+  static constexpr Int kOne = 0x3f800000;
+  // Beyond these, sigmoid and tanh are 0 or 1 to working precision, and 2^n is still finite.
+  static constexpr float kSigmoidMax = 87.0f, kTanhMax = 20.0f;
+  static constexpr int kDegree = 7;  // r^8/8! <= 5.2e-9: below a tenth of an ulp.
+};
+
+template <>
+struct VecConstants<double> {
+  using Int = int64_t;
+  static constexpr double kRound = 6755399441055744.0, kLog2e = 1.4426950408889634074,
+                          kLn2Hi = 0.693147180369123816490, kLn2Lo = 1.90821492927058770002e-10;
+  static constexpr int kMantissa = 52;
+  static constexpr Int kOne = 0x3ff0000000000000;
+  static constexpr double kSigmoidMax = 700.0, kTanhMax = 44.0;
+  static constexpr int kDegree = 13;  // r^14/14! <= 4.1e-18.
+};
+
+template <typename T, int N>
+struct Vec {
+  using Element = T;
+  using Int = typename VecConstants<T>::Int;
+  static constexpr int kSize = N;
+  typedef T Raw __attribute__((vector_size(N * sizeof(T))));
+  typedef T Unaligned __attribute__((vector_size(N * sizeof(T)), aligned(alignof(T)), may_alias));
+  typedef Int IntRaw __attribute__((vector_size(N * sizeof(T))));
+
+  Raw v;
+
+  RNN_FN Vec() {}
+  RNN_FN Vec(T x) : v(Raw{} + x) {}
+  // Not a constructor: GCC takes the vector type for T itself while the template is not instantiated.
+  RNN_FN static Vec of(Raw raw) {
+    Vec vec;
+    vec.v = raw;
+    return vec;
+  }
+
+  RNN_FN static Vec load(const T* p) { return of(*reinterpret_cast<const Unaligned*>(p)); }
+  RNN_FN void store(T* p) const { *reinterpret_cast<Unaligned*>(p) = v; }
+
+  // The first n values only, 0 <= n <= N; the rest reads as 0 and is not written.
+  RNN_FN static Vec load(const T* p, int64_t n) {
+    if (__builtin_expect(n == N, 1)) return load(p);
+    Raw raw{};
+    memcpy(&raw, p, n * sizeof(T));
+    return of(raw);
+  }
+  RNN_FN void store(T* p, int64_t n) const {
+    if (__builtin_expect(n == N, 1)) return store(p);
+    memcpy(p, &v, n * sizeof(T));
+  }
+
+  RNN_FN friend Vec operator+(Vec a, Vec b) { return of(a.v + b.v); }
+  RNN_FN friend Vec operator-(Vec a, Vec b) { return of(a.v - b.v); }
+  RNN_FN friend Vec operator*(Vec a, Vec b) { return of(a.v * b.v); }
+  RNN_FN friend Vec operator/(Vec a, Vec b) { return of(a.v / b.v); }
+  RNN_FN friend Vec operator-(Vec a) { return of(-a.v); }
+  RNN_FN Vec& operator+=(Vec b) {
+    v += b.v;
+    return *this;
+  }
+
+  RNN_FN T sum() const {
+    T total = 0;
+    for (int i = 0; i < N; ++i) total += v[i];
+    return total;
+  }
+};
+
+// Limits |x| to bound; a NaN stays one.
+template <typename T, int N>
+RNN_FN Vec<T, N> limit(Vec<T, N> x, T bound) {
+  const Vec<T, N> hi(bound), lo(-bound);
+  x.v = x.v > hi.v ? hi.v : x.v;
+  x.v = x.v < lo.v ? lo.v : x.v;
+  return x;
+}
+
+// exp(y) = scale + scale * p with p = exp(r) - 1 by its Taylor series: kept apart so that exp(y) - 1 loses nothing.
+template <typename T, int N>
+RNN_FN void exp_parts(Vec<T, N> y, Vec<T, N>& scale, Vec<T, N>& p) {
+  using K = VecConstants<T>;
+  using V = Vec<T, N>;
+  const V rounded = y * V(K::kLog2e) + V(K::kRound);
+  const V n = rounded - V(K::kRound);
+  const V r = (y - n * V(K::kLn2Hi)) - n * V(K::kLn2Lo);
+  typename V::IntRaw bits;
+  memcpy(&bits, &rounded.v, sizeof bits);
+  bits = (bits << K::kMantissa) + K::kOne;
+  memcpy(&scale.v, &bits, sizeof bits);
+  T factorial = 1;
+  for (int i = 2; i <= K::kDegree; ++i) factorial *= T(i);
+  V q(T(1) / factorial);
+#pragma GCC unroll 16
+  for (int i = K::kDegree; i > 2; --i) {
+    factorial /= T(i);
+    q = q * r + V(T(1) / factorial);
+  }
+  p = r + (r * r) * q;
+}
+
+template <typename T, int N>
+RNN_FN Vec<T, N> sigmoid(Vec<T, N> x) {
+  Vec<T, N> scale, p;
+  exp_parts(limit(-x, VecConstants<T>::kSigmoidMax), scale, p);
+  const Vec<T, N> one(T(1));
+  return one / (one + (scale + scale * p));
+}
+
+// (e^2x - 1) / (e^2x + 1), from e^2x - 1 alone: relative error of a few ulp down to the smallest x.
+template <typename T, int N>
+RNN_FN Vec<T, N> tanh_(Vec<T, N> x) {
+  Vec<T, N> scale, p;
+  exp_parts(limit(x + x, VecConstants<T>::kTanhMax), scale, p);
+  const Vec<T, N> minus1 = scale * p + (scale - Vec<T, N>(T(1)));
+  return minus1 / (minus1 + Vec<T, N>(T(2)));
+}
+
+template <typename T, int N>
+RNN_FN Vec<T, N> relu(Vec<T, N> x) {
+  const typename Vec<T, N>::Raw zero{};
+  x.v = x.v < zero ? zero : x.v;
+  return x;
+}
+
+template <typename T, int N>
+RNN_FN Vec<T, N> relu_grad(Vec<T, N> y, Vec<T, N> dy) {
+  const typename Vec<T, N>::Raw zero{};
+  dy.v = y.v > zero ? dy.v : zero;
+  return dy;
+}
+
+}  // namespace RNN_ISA
+}  // namespace torchrnn

@@ -1,0 +1,37 @@
+// Uninitialised memory for the length of a call.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+namespace torchrnn {
+inline namespace RNN_ISA {
+
+class Arena {
+ public:
+  Arena() = default;
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+  ~Arena() {
+    for (int i = 0; i < count_; ++i) free(blocks_[i]);
+  }
+
+  // count values, aligned to a cache line; also for count 0 a pointer that is not null.
+  template <typename T>
+  T* get(int64_t count) {
+    const size_t bytes = (count * sizeof(T) / 64 + 1) * 64;
+    void* block = count_ < kMaxBlocks ? aligned_alloc(64, bytes) : nullptr;
+    if (block == nullptr) throw std::bad_alloc();
+    blocks_[count_++] = block;
+    return static_cast<T*>(block);
+  }
+
+ private:
+  static constexpr int kMaxBlocks = 64;
+  void* blocks_[kMaxBlocks];
+  int count_ = 0;
+};
+
+}  // namespace RNN_ISA
+}  // namespace torchrnn

@@ -1,0 +1,436 @@
+// The backward scan: step by step the gradients by the gates, each step's recurrent product and cell in one pass as in
+// the forward scan, and after the last step the gradients by the weights and the input as a few large products.
+#pragma once
+
+#include "cpu/forward.h"
+#include "cpu/outer.h"
+
+namespace torchrnn {
+inline namespace RNN_ISA {
+
+// Where one row's values of one step are.
+template <typename T>
+struct BackwardRow {
+  const T* tape;    // [kTape*H]
+  const T* c_prev;  // [H]
+  const T* h_prev;  // [R]
+  const T* dy;      // [R] or null
+  const T* dc_all;  // [H] or null
+  T* dgates;        // [kGateGrads*H]
+  T* carry_h;       // [R], gradient by this step's h from later steps other than through R
+  T* carry_c;       // [H], gradient by this step's c from later steps
+  T* dh;            // [R], projection: the whole gradient by this step's output
+  T* aside;         // [H], the left-hand rows of the second product's weight gradient: r * h, or h before projection
+  bool cut;         // nothing goes to the previous step
+};
+
+template <typename T, template <typename> class CellOf>
+struct Backward {
+  using V = VecOf<T>;
+  using C = CellOf<V>;
+  static constexpr int N = V::kSize;
+  static constexpr int G = C::kGates;
+  static constexpr int D = C::kGateGrads;
+  static constexpr bool kTwoHalves = C::kHalves == 2;
+  static constexpr int kRecurrent = kTwoHalves ? 2 : G;  // blocks of the gate gradients that go through the first product
+  static constexpr int kRotate = C::kInputGrads == 0 ? 0 : G - 1;
+  using Matrix = ColumnMatrix<T>;
+
+  struct State {
+    Rows rows;
+    Matrix recurrent, second, input;
+    T* dgates;       // [T, B, D*H]
+    T* dh;           // [T, B, R], projection only
+    T* aside;        // [T, B, H], GruResetBefore and projection only
+    T* carry_h;      // [B, R]
+    T* carry_c;      // [B, H]
+    T* bias;         // [D*H], sums of the gate gradients
+  };
+
+  const BackwardParams<T>& q;
+  const LayerParams<T>& p;
+  T* zeros;
+  State state[kMaxDirections];
+  Barrier* group_barriers;
+  Barrier direction_barriers[kMaxDirections];
+  Barrier team_barrier;
+
+  bool backwards(int d) const { return p.reverse || d == 1; }
+  bool has_second() const { return kTwoHalves || p.projected; }
+  bool needs_weights() const { return q.dweights[0].weight_ih != nullptr; }
+  int64_t at(int64_t t, int64_t b) const { return t * p.batch + b; }
+  const T* y(int d, int64_t t, int64_t b) const {
+    return p.y + at(t, b) * p.directions * p.outputs + d * p.outputs;
+  }
+  const T* tape(int d, int64_t t, int64_t b) const {
+    return p.tape + (d * p.steps * p.batch + at(t, b)) * C::kTape * p.hidden;
+  }
+
+  Backward(const BackwardParams<T>& params, int threads, Arena& arena) : q(params), p(params.layer) {
+    group_barriers = arena.template get<Barrier>(threads);
+    for (int i = 0; i < threads; ++i) group_barriers[i] = Barrier();
+    const int64_t widest = max64(max64(p.inputs, D * p.hidden), p.outputs);
+    zeros = arena.template get<T>(widest);
+    for (int64_t k = 0; k < widest; ++k) zeros[k] = T(0);
+    for (int d = 0; d < p.directions; ++d) prepare(d, arena);
+  }
+
+  void prepare(int d, Arena& arena) {
+    State& s = state[d];
+    s = {};
+    const int64_t H = p.hidden, rows = p.steps * p.batch;
+    const auto& w = p.weights[d];
+    s.rows = {p.steps, p.batch, p.lengths, p.resets, arena.template get<int64_t>(p.batch),
+              arena.template get<int64_t>(p.steps)};
+    s.rows.sort();
+    const bool packs = rows >= kPackFrom;
+    const auto matrix = [&](const T* weight, int64_t columns, int64_t blocks, int64_t block_rows, int64_t rotate) {
+      Matrix m{weight, columns, columns, blocks, block_rows, rotate, nullptr, packs ? 0 : columns / Matrix::kWidth};
+      m.packed = arena.template get<T>(m.packed_size());
+      return m;
+    };
+    s.recurrent = matrix(w.weight_hh, p.outputs, kRecurrent, H, kRotate);
+    if (kTwoHalves) s.second = matrix(w.weight_hh + 2 * H * H, H, 1, H, 0);
+    if (p.projected) s.second = matrix(w.weight_hr, H, 1, p.outputs, 0);
+    if (q.dx != nullptr) s.input = matrix(w.weight_ih, p.inputs, G, H, 0);
+    s.dgates = arena.template get<T>(rows * D * H);
+    if (p.projected) s.dh = arena.template get<T>(rows * p.outputs);
+    if (has_second()) s.aside = arena.template get<T>(rows * H);
+    s.carry_h = arena.template get<T>(p.batch * p.outputs);
+    s.carry_c = arena.template get<T>(p.batch * H);
+    s.bias = arena.template get<T>(D * H);
+    const auto fill = [](T* to, const T* from, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) to[i] = from == nullptr ? T(0) : from[i];
+    };
+    fill(s.carry_h, q.dh_n == nullptr ? nullptr : q.dh_n + d * p.batch * p.outputs, p.batch * p.outputs);
+    fill(s.carry_c, q.dc_n == nullptr ? nullptr : q.dc_n + d * p.batch * H, p.batch * H);
+    fill(s.bias, nullptr, D * H);
+  }
+
+  int useful_threads(int threads) const {
+    const int64_t columns = ceil_div(p.hidden, int64_t(Matrix::kWidth));
+    // The products after the scan can use more threads than the scan of one row.
+    return int(min64(threads, max64(p.directions * p.batch * columns, ceil_div(p.steps, 4))));
+  }
+
+  void run(int id, int size) {
+    const FlushDenormals flush;
+    const Plan plan(size, p.directions, p.batch, ceil_div(p.outputs, int64_t(Matrix::kWidth)),
+                    G * p.hidden * p.outputs * int64_t(sizeof(T)));
+    if (id >= plan.used()) return;
+    const Slice slice = plan.slice(id);
+    for (int d = plan.direction_part(id); d < p.directions; d += plan.direction_parts) {
+      const State& s = state[d];
+      pack(s.recurrent, slice);
+      if (has_second()) pack(s.second, slice);
+      if (q.dx != nullptr) pack(s.input, slice);
+      direction_barriers[d].wait(slice.size());
+      Thread thread(*this, d, slice, group_barriers[id - slice.unit_part]);
+      thread.scan();
+      direction_barriers[d].wait(slice.size());
+      thread.first_states();
+      if (needs_weights()) thread.weight_gradients();
+    }
+    if (q.dx == nullptr) return;
+    team_barrier.wait(plan.used());
+    input_gradients(share(p.steps * p.batch, id, plan.used()));
+  }
+
+  static void pack(const Matrix& matrix, const Slice& slice) {
+    const Range mine = share(matrix.panels(), slice.index(), slice.size());
+    matrix.pack(mine.begin, mine.end);
+  }
+
+  // dx of some of the T*B rows, over both directions.
+  void input_gradients(Range mine) const {
+    const T* left[kRowBlock];
+    int64_t place[kRowBlock];
+    Arena memory;
+    T* acc = memory.template get<T>(kRowBlock * Matrix::kWidth);
+    for (int64_t row = mine.begin; row < mine.end;) {
+      int64_t count = 0;
+      for (; row < mine.end && count < kRowBlock; ++row) {
+        if (row / p.batch < state[0].rows.length(row % p.batch))
+          place[count++] = row;
+        else
+          memset(q.dx + row * p.inputs, 0, p.inputs * sizeof(T));
+      }
+      for (int64_t j = 0; j < state[0].input.panels() && count > 0; ++j) {
+        for (int d = 0; d < p.directions; ++d) {
+          for (int64_t i = 0; i < count; ++i)
+            left[i] = state[d].dgates + (place[i] * D + C::kInputGrads) * p.hidden;
+          state[d].input.product(j, count, left, acc, d > 0);
+        }
+        const int64_t n0 = j * Matrix::kWidth, width = min64(Matrix::kWidth, p.inputs - n0);
+        for (int64_t i = 0; i < count; ++i)
+          memcpy(q.dx + place[i] * p.inputs + n0, acc + i * Matrix::kWidth, width * sizeof(T));
+      }
+    }
+  }
+
+  // One thread's part of one direction.
+  struct Thread {
+    Backward& f;
+    const BackwardParams<T>& q;
+    const LayerParams<T>& p;
+    const State& state;
+    const int d;
+    const Slice slice;
+    Barrier& barrier;
+    const bool back;
+    const int64_t mine;
+    BackwardRow<T>* step;  // [mine]
+    const T** left;        // [mine]
+    T* acc;                // [kRowBlock, kWidth]
+    Arena memory;
+
+    Thread(Backward& backward, int direction, const Slice& slice_, Barrier& barrier_)
+        : f(backward),
+          q(backward.q),
+          p(backward.p),
+          state(backward.state[direction]),
+          d(direction),
+          slice(slice_),
+          barrier(barrier_),
+          back(backward.backwards(direction)),
+          mine(slice_.rows(backward.p.batch)) {
+      step = memory.template get<BackwardRow<T>>(mine);
+      left = memory.template get<const T*>(mine);
+      acc = memory.template get<T>(kRowBlock * Matrix::kWidth);
+    }
+
+    void scan() {
+      for (int64_t s = p.steps - 1; s >= 0; --s) {
+        const int64_t count = slice.rows(state.rows.active[s]);
+        if (state.rows.active[s] == 0) continue;
+        place(s, count);
+        product(state.recurrent, count, [&](int64_t i, V sum, int64_t unit, int64_t m) { first(i, sum, unit, m); });
+        if (f.has_second()) {
+          barrier.wait(slice.unit_parts);
+          place_second(count);
+          product(state.second, count, [&](int64_t i, V sum, int64_t unit, int64_t m) { second(i, sum, unit, m); });
+        }
+        barrier.wait(slice.unit_parts);
+      }
+    }
+
+    // Calls use(i, sums, unit, m) for each of the first `count` rows and each vector of this thread's columns.
+    template <typename Use>
+    RNN_FN void product(const Matrix& matrix, int64_t count, const Use& use) {
+      const Range panels = slice.units(matrix.panels());
+      for (int64_t j = panels.begin; j < panels.end; ++j)
+        for (int64_t i0 = 0; i0 < count; i0 += kRowBlock) {
+          const int64_t block = min64(kRowBlock, count - i0);
+          matrix.product(j, block, left + i0, acc, false);
+          for (int64_t i = i0; i < i0 + block; ++i)
+            for (int v = 0; v < 4; ++v) {
+              const int64_t unit = j * Matrix::kWidth + v * N, m = min64(N, matrix.columns - unit);
+              if (m <= 0) break;
+              use(i, V::load(acc + (i - i0) * Matrix::kWidth + v * N), unit, m);
+            }
+        }
+    }
+
+    // The gate gradients of step s through which its previous output had an effect, or zeros.
+    const T* recurrent_row(int64_t b, int64_t s) const {
+      if (s >= state.rows.length(b) || state.rows.cut(b, s, back)) return f.zeros;
+      return state.dgates + f.at(state.rows.time(b, s, back), b) * D * p.hidden;
+    }
+
+    // Fills step[] and left[] for step s of the first `count` of this thread's rows.
+    void place(int64_t s, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t b = state.rows.order[slice.row(i)], t = state.rows.time(b, s, back), at = f.at(t, b);
+        const int64_t t_prev = s > 0 ? state.rows.time(b, s - 1, back) : 0;
+        BackwardRow<T>& row = step[i];
+        left[i] = recurrent_row(b, s + 1);
+        row.cut = state.rows.cut(b, s, back);
+        row.tape = f.tape(d, t, b);
+        row.h_prev = row.cut ? f.zeros : s > 0 ? f.y(d, t_prev, b) : initial(p.h0, b, p.outputs);
+        if (C::kMemory >= 0)
+          row.c_prev = row.cut ? f.zeros
+                       : s > 0 ? f.tape(d, t_prev, b) + C::kMemory * p.hidden
+                               : initial(p.c0, b, p.hidden);
+        row.dy = q.dy == nullptr ? nullptr : q.dy + t * q.dy_stride_t + b * q.dy_stride_b + d * p.outputs;
+        row.dc_all = q.dc_all == nullptr ? nullptr : q.dc_all + (at * p.directions + d) * p.hidden;
+        row.dgates = state.dgates + at * D * p.hidden;
+        row.carry_h = state.carry_h + b * p.outputs;
+        row.carry_c = state.carry_c + b * p.hidden;
+        if (p.projected) row.dh = state.dh + at * p.outputs;
+        if (f.has_second()) row.aside = state.aside + at * p.hidden;
+      }
+    }
+
+    void place_second(int64_t count) {
+      for (int64_t i = 0; i < count; ++i) left[i] = kTwoHalves ? step[i].dgates + 2 * p.hidden : step[i].dh;
+    }
+
+    const T* initial(const T* states, int64_t b, int64_t size) const {
+      return states == nullptr ? f.zeros : states + (d * p.batch + b) * size;
+    }
+
+    // sum = the next step's gate gradients through R.
+    RNN_FN void first(int64_t i, V sum, int64_t unit, int64_t m) {
+      const BackwardRow<T>& row = step[i];
+      V dh = sum + V::load(row.carry_h + unit, m);
+      if (row.dy != nullptr) dh += V::load(row.dy + unit, m);
+      if constexpr (kTwoHalves) {
+        const V z = V::load(row.tape + p.hidden + unit, m), n = V::load(row.tape + 2 * p.hidden + unit, m);
+        V dz, dn;
+        C::backward(z, n, V::load(row.h_prev + unit, m), dh, dz, dn);
+        dz.store(row.dgates + p.hidden + unit, m);
+        dn.store(row.dgates + 2 * p.hidden + unit, m);
+        (dh * z).store(row.carry_h + unit, m);
+      } else if (p.projected) {
+        dh.store(row.dh + unit, m);
+        V(T(0)).store(row.carry_h + unit, m);
+      } else {
+        cell(row, dh, unit, m);
+      }
+    }
+
+    RNN_FN void second(int64_t i, V sum, int64_t unit, int64_t m) {
+      const BackwardRow<T>& row = step[i];
+      if constexpr (kTwoHalves) {
+        const V r = V::load(row.tape + unit, m), h_prev = V::load(row.h_prev + unit, m);
+        C::backward_reset(r, h_prev, sum).store(row.dgates + unit, m);
+        (r * h_prev).store(row.aside + unit, m);
+        const V carry = row.cut ? V(T(0)) : V::load(row.carry_h + unit, m) + sum * r;
+        carry.store(row.carry_h + unit, m);
+      } else {
+        cell(row, sum, unit, m);
+      }
+    }
+
+    RNN_FN void cell(const BackwardRow<T>& row, V dh, int64_t unit, int64_t m) {
+      if constexpr (!kTwoHalves) {
+        V tape[C::kTape], dgates[D];
+        for (int k = 0; k < C::kTape; ++k) tape[k] = V::load(row.tape + k * p.hidden + unit, m);
+        typename C::State prev{V(T(0)), V(T(0))}, dnext{dh, V(T(0))};
+        if (C::kReadsH) prev.h = V::load(row.h_prev + unit, m);
+        if (C::kMemory >= 0) {
+          prev.c = V::load(row.c_prev + unit, m);
+          dnext.c = V::load(row.carry_c + unit, m);
+          if (row.dc_all != nullptr) dnext.c += V::load(row.dc_all + unit, m);
+        }
+        typename C::State dprev = C::backward(tape, prev, dnext, dgates);
+        for (int k = 0; k < D; ++k) dgates[k].store(row.dgates + k * p.hidden + unit, m);
+        if (row.cut) dprev = {V(T(0)), V(T(0))};
+        if (C::kMemory >= 0) dprev.c.store(row.carry_c + unit, m);
+        if constexpr (C::kMemory >= 0) {
+          if (p.projected) return C::output(tape).store(row.aside + unit, m);
+        }
+        dprev.h.store(row.carry_h + unit, m);
+      }
+    }
+
+    // Gradients by the initial states, after the whole scan.
+    void first_states() {
+      if (q.dc0 != nullptr) {
+        const Range rows = share(p.batch, slice.index(), slice.size());
+        memcpy(q.dc0 + (d * p.batch + rows.begin) * p.hidden, state.carry_c + rows.begin * p.hidden,
+               (rows.end - rows.begin) * p.hidden * sizeof(T));
+      }
+      if (q.dh0 == nullptr) return;
+      for (int64_t i = 0; i < mine; ++i) left[i] = recurrent_row(state.rows.order[slice.row(i)], 0);
+      product(state.recurrent, mine, [&](int64_t i, V sum, int64_t unit, int64_t m) {
+        const int64_t b = state.rows.order[slice.row(i)];
+        const V dh = sum + V::load(state.carry_h + b * p.outputs + unit, m);
+        dh.store(q.dh0 + (d * p.batch + b) * p.outputs + unit, m);
+      });
+    }
+
+    // Left and right rows of the weight gradients, of kOuterDepth row-steps at a time.
+    struct Block {
+      int64_t count;
+      const T *dgates[kOuterDepth], *x[kOuterDepth], *h_prev[kOuterDepth], *dh[kOuterDepth], *aside[kOuterDepth];
+    };
+
+    void weight_gradients() {
+      Arena arena;
+      T* packs = arena.template get<T>(outer_memory<T>());
+      Block& block = *arena.template get<Block>(1);
+      bool first_block = true;
+      int64_t s = 0, i = 0;
+      while (s < p.steps || first_block) {
+        block.count = 0;
+        while (s < p.steps && block.count < kOuterDepth) {
+          if (i == state.rows.active[s]) {
+            i = 0, ++s;
+            continue;
+          }
+          add_row(block, state.rows.order[i++], s);
+        }
+        outer_sums(block, !first_block, packs);
+        bias_sums(block);
+        first_block = false;
+      }
+      f.direction_barriers[d].wait(slice.size());
+      store_bias();
+    }
+
+    void add_row(Block& block, int64_t b, int64_t s) const {
+      const int64_t t = state.rows.time(b, s, back), at = f.at(t, b), k = block.count++;
+      block.dgates[k] = state.dgates + at * D * p.hidden;
+      block.x[k] = p.x + t * p.x_stride_t + b * p.x_stride_b;
+      block.h_prev[k] = state.rows.cut(b, s, back) ? f.zeros
+                        : s > 0                    ? f.y(d, state.rows.time(b, s - 1, back), b)
+                                                   : initial(p.h0, b, p.outputs);
+      if (p.projected) block.dh[k] = state.dh + at * p.outputs;
+      if (f.has_second()) block.aside[k] = state.aside + at * p.hidden;
+    }
+
+    void outer_sums(const Block& block, bool accumulate, T* packs) const {
+      const int64_t H = p.hidden;
+      const auto& dw = q.dweights[d];
+      // Rows [offset, offset + count) of the left side against the right side.
+      const auto sum = [&](const T* const* lhs, int64_t offset, int64_t count, const T* const* rhs, int64_t columns,
+                           T* out) {
+        outer_sum(block.count, lhs, offset, rhs, share(count, slice.index(), slice.size()), columns, out, accumulate,
+                  packs);
+      };
+      sum(block.dgates, C::kInputGrads * H, G * H, block.x, p.inputs, dw.weight_ih);
+      if constexpr (kTwoHalves) {
+        sum(block.dgates, 0, 2 * H, block.h_prev, H, dw.weight_hh);
+        sum(block.dgates, 2 * H, H, block.aside, H, dw.weight_hh + 2 * H * H);
+      } else if constexpr (kRotate > 0) {
+        sum(block.dgates, 0, H, block.h_prev, p.outputs, dw.weight_hh + kRotate * H * p.outputs);
+        sum(block.dgates, H, kRotate * H, block.h_prev, p.outputs, dw.weight_hh);
+      } else {
+        sum(block.dgates, 0, G * H, block.h_prev, p.outputs, dw.weight_hh);
+      }
+      if (p.projected) sum(block.dh, 0, p.outputs, block.aside, H, dw.weight_hr);
+    }
+
+    void bias_sums(const Block& block) const {
+      if (q.dweights[d].bias_ih == nullptr) return;
+      const Range columns = share(D * p.hidden, slice.index(), slice.size());
+      for (int64_t k = 0; k < block.count; ++k)
+        for (int64_t m = columns.begin; m < columns.end; m += N) {
+          const int64_t n = min64(N, columns.end - m);
+          (V::load(state.bias + m, n) + V::load(block.dgates[k] + m, n)).store(state.bias + m, n);
+        }
+    }
+
+    void store_bias() const {
+      const auto& dw = q.dweights[d];
+      if (dw.bias_ih == nullptr || slice.index() != 0) return;
+      const int64_t H = p.hidden;
+      memcpy(dw.bias_ih, state.bias + C::kInputGrads * H, G * H * sizeof(T));
+      memcpy(dw.bias_hh + kRotate * H, state.bias, (G - kRotate) * H * sizeof(T));
+      memcpy(dw.bias_hh, state.bias + (G - kRotate) * H, kRotate * H * sizeof(T));
+    }
+  };
+};
+
+template <typename T, template <typename> class CellOf>
+void run_backward(const BackwardParams<T>& p, int threads, cpu::RunTeam run_team) {
+  Arena arena;
+  Backward<T, CellOf> backward(p, threads, arena);
+  run_team(
+      backward.useful_threads(threads),
+      [](void* f, int id, int size) { static_cast<Backward<T, CellOf>*>(f)->run(id, size); }, &backward);
+}
+
+}  // namespace RNN_ISA
+}  // namespace torchrnn

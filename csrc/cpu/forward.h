@@ -1,0 +1,415 @@
+// The forward scan: input projection of a stretch of steps, then step by step the recurrent product and, while its
+// tile is still in L1, the cell.
+//
+// What saturates: with many rows the multiply-add units; with one row the reading of weight_hh, which is why units
+// are shared out so that each thread's part stays in its own L2.
+#pragma once
+
+#include "cells/gru.h"
+#include "cells/lstm.h"
+#include "cells/rnn.h"
+#include "cpu/arena.h"
+#include "cpu/kernels.h"
+#include "cpu/rows.h"
+#include "cpu/team.h"
+#include "cpu/tile.h"
+
+namespace torchrnn {
+inline namespace RNN_ISA {
+
+// Rows whose products are held at a time: 16 KB for a panel of 64 floats.
+constexpr int64_t kRowBlock = 64;
+
+// With fewer input rows than this over the whole sequence, weights are multiplied as they are: packing reads and
+// writes all of them, which only repeated use pays back.
+constexpr int64_t kPackFrom = 24;
+
+// Where one row's values of one step are.
+template <typename T>
+struct StepRow {
+  const T* c_prev;  // [H]
+  T* wx;            // [G*H], W x + b; in training the head of the row's tape
+  T* h;             // [H], the cell's output
+  T* y;             // [R], the layer's output: h itself if there is no projection
+  T* c;             // [H]
+  T* tape;          // [kTape*H] or null
+  T* c_out;         // [H] in c_all, or null
+};
+
+// Everything the threads of one direction share.
+template <typename T>
+struct ForwardState {
+  Rows rows;
+  T* zeros;
+  T* bias_x;      // [G*H]: b_ih, and b_hh where the cell adds it before the nonlinearity
+  const T* bias_h;  // [H]: b_hh of the candidate of Gru, or null
+  T* wx;          // [chunk, B, G*H], inference only
+  T* reset_h;     // [B, H], GruResetBefore: r * h
+  T* update;      // [B, H], GruResetBefore in inference: z
+  T* cell_out;    // [B, H], projection: h before it
+  int64_t chunk;  // steps whose input projection is made at a time
+};
+
+template <typename T, template <typename> class CellOf>
+struct Forward {
+  using V = VecOf<T>;
+  using C = CellOf<V>;
+  static constexpr int N = V::kSize;
+  static constexpr int G = C::kGates;
+  static constexpr bool kTwoHalves = C::kHalves == 2;
+  static constexpr int kFirst = kTwoHalves ? 2 : G;  // gates of the first recurrent product
+  static constexpr int U = G == 1 ? 4 : kTwoHalves ? 2 : 1;
+  using Recurrent = GateMatrix<T, kFirst, U>;
+  using Input = GateMatrix<T, G, G == 1 ? 4 : 1>;
+  using Second = GateMatrix<T, 1, 4>;  // the candidate of GruResetBefore, or the projection
+
+  const LayerParams<T>& p;
+  Input input[kMaxDirections];
+  Recurrent recurrent[kMaxDirections];
+  Second second[kMaxDirections];
+  ForwardState<T> state[kMaxDirections];
+  Barrier* group_barriers;      // [threads]
+  Barrier direction_barriers[kMaxDirections];
+
+  bool backwards(int d) const { return p.reverse || d == 1; }
+  bool has_second() const { return kTwoHalves || p.projected; }
+  int64_t y_stride() const { return p.directions * p.outputs; }
+  T* y(int d, int64_t t, int64_t b) const { return p.y + (t * p.batch + b) * y_stride() + d * p.outputs; }
+  T* tape(int d, int64_t t, int64_t b) const {
+    return p.tape + ((d * p.steps + t) * p.batch + b) * C::kTape * p.hidden;
+  }
+
+  Forward(const LayerParams<T>& params, int threads, Arena& arena)
+      : p(params) {
+    group_barriers = arena.template get<Barrier>(threads);
+    const int64_t widest = max64(max64(p.inputs, p.hidden), p.outputs);
+    T* zeros = arena.template get<T>(widest);
+    // The part of the input projection that is ahead of the scan should still be in L2 when it is used, but have rows
+    // enough to use each weight that it reads several times.
+    const int64_t chunk_rows = max64(96, (512 * 1024) / (G * p.hidden * int64_t(sizeof(T))));
+    const bool packs = p.steps * p.batch >= kPackFrom;
+    for (int d = 0; d < p.directions; ++d) {
+      const auto& w = p.weights[d];
+      input[d] = {w.weight_ih, p.hidden, p.inputs, zeros, nullptr};
+      recurrent[d] = {w.weight_hh, p.hidden, p.outputs, zeros, nullptr};
+      if (kTwoHalves) second[d] = {w.weight_hh + 2 * p.hidden * p.hidden, p.hidden, p.hidden, zeros, nullptr};
+      if (p.projected) second[d] = {w.weight_hr, p.outputs, p.hidden, zeros, nullptr};
+      ForwardState<T>& s = state[d];
+      s = {};
+      s.rows = {p.steps, p.batch, p.lengths, p.resets, arena.template get<int64_t>(p.batch),
+                arena.template get<int64_t>(p.steps)};
+      s.zeros = zeros;
+      s.bias_x = arena.template get<T>(G * p.hidden);
+      s.chunk = min64(p.steps, ceil_div(chunk_rows, max64(p.batch, 1)));
+      if (packs) {
+        input[d].packed = arena.template get<T>(input[d].packed_size());
+        recurrent[d].packed = arena.template get<T>(recurrent[d].packed_size());
+        if (has_second()) second[d].packed = arena.template get<T>(second[d].packed_size());
+      }
+      if (p.tape == nullptr) s.wx = arena.template get<T>(s.chunk * p.batch * G * p.hidden);
+      if (kTwoHalves) s.reset_h = arena.template get<T>(p.batch * p.hidden);
+      if (kTwoHalves && p.tape == nullptr) s.update = arena.template get<T>(p.batch * p.hidden);
+      if (p.projected) s.cell_out = arena.template get<T>(p.batch * p.hidden);
+    }
+    for (int i = 0; i < threads; ++i) group_barriers[i] = Barrier();
+    for (int64_t k = 0; k < widest; ++k) zeros[k] = T(0);
+    for (int d = 0; d < p.directions; ++d) prepare(d);
+  }
+
+  void prepare(int d) {
+    ForwardState<T>& s = state[d];
+    s.rows.sort();
+    const auto& w = p.weights[d];
+    for (int64_t i = 0; i < G * p.hidden; ++i) {
+      const bool apart = C::kHiddenBias >= 0 && i / p.hidden == C::kHiddenBias;
+      s.bias_x[i] = w.bias_ih == nullptr ? T(0) : apart ? w.bias_ih[i] : w.bias_ih[i] + w.bias_hh[i];
+    }
+    s.bias_h = C::kHiddenBias >= 0 && w.bias_hh != nullptr ? w.bias_hh + C::kHiddenBias * p.hidden : nullptr;
+  }
+
+  // How many threads have something to do.
+  int useful_threads(int threads) const {
+    return int(min64(threads, p.directions * p.batch * ceil_div(p.hidden, Recurrent::kUnits)));
+  }
+
+  // One thread's work, of `size` threads.
+  void run(int id, int size) {
+    const FlushDenormals flush;
+    const Plan plan(size, p.directions, p.batch, ceil_div(p.hidden, Recurrent::kUnits),
+                    G * p.hidden * p.outputs * int64_t(sizeof(T)));
+    if (id >= plan.used()) return;
+    const Slice slice = plan.slice(id);
+    for (int d = plan.direction_part(id); d < p.directions; d += plan.direction_parts) {
+      pack(d, slice);
+      direction_barriers[d].wait(slice.size());
+      Thread(*this, d, slice, group_barriers[id - slice.unit_part]).run();
+    }
+  }
+
+  void pack(int d, const Slice& slice) const {
+    // A thread packs what it will read itself, as far as one does, so that it is in its own cache.
+    const auto part = [&](int64_t panels) {
+      const Range mine = slice.units(panels);
+      const Range sub = share(mine.end - mine.begin, slice.row_part, slice.row_parts);
+      return Range{mine.begin + sub.begin, mine.begin + sub.end};
+    };
+    const Range in = part(input[d].panels()), re = part(recurrent[d].panels());
+    input[d].pack(in.begin, in.end);
+    recurrent[d].pack(re.begin, re.end);
+    if (!has_second()) return;
+    const Range se = part(second[d].panels());
+    second[d].pack(se.begin, se.end);
+  }
+
+  // One thread's part of one direction.
+  struct Thread {
+    const Forward& f;
+    const LayerParams<T>& p;
+    const ForwardState<T>& state;
+    const int d;
+    const Slice slice;
+    Barrier& barrier;
+    const bool back;
+    const int64_t mine;   // rows
+    StepRow<T>* step;     // [mine]
+    const T** left;       // [max(mine, kRowBlock)], rows of a product
+    T* acc;               // [kRowBlock, panel width]
+    Arena memory;
+
+    Thread(const Forward& forward, int direction, const Slice& slice_, Barrier& barrier_)
+        : f(forward),
+          p(forward.p),
+          state(forward.state[direction]),
+          d(direction),
+          slice(slice_),
+          barrier(barrier_),
+          back(forward.backwards(direction)),
+          mine(slice_.rows(forward.p.batch)) {
+      step = memory.template get<StepRow<T>>(mine);
+      left = memory.template get<const T*>(max64(mine, kRowBlock));
+      acc = memory.template get<T>(kRowBlock * 4 * N);
+    }
+
+    void run() {
+      start();
+      for (int64_t s = 0; s < p.steps && state.rows.active[s] > 0; ++s) {
+        if (s % state.chunk == 0) project_inputs(s);
+        const int64_t count = slice.rows(state.rows.active[s]);
+        place(s, count);
+        first_half(count);
+        if (f.has_second()) {
+          barrier.wait(slice.unit_parts);
+          second_half(count);
+        }
+        barrier.wait(slice.unit_parts);
+      }
+      finish();
+    }
+
+    // c_n is the running c. A thread fills only its own units, which nobody else reads or writes.
+    void start() {
+      if (C::kMemory < 0 || p.batch == 0) return;
+      const Range units = own_units(f.recurrent[d]);
+      for (int64_t i = 0; i < mine; ++i) {
+        const int64_t at = (d * p.batch + state.rows.order[slice.row(i)]) * p.hidden;
+        for (int64_t u = units.begin; u < units.end; ++u) p.c_n[at + u] = p.c0 == nullptr ? T(0) : p.c0[at + u];
+      }
+    }
+
+    template <typename Matrix>
+    Range own_units(const Matrix& matrix) const {
+      const Range panels = slice.units(matrix.panels());
+      return {min64(panels.begin * Matrix::kUnits, matrix.hidden), min64(panels.end * Matrix::kUnits, matrix.hidden)};
+    }
+
+    T* wx_row(int64_t s, int64_t b) const {
+      if (p.tape != nullptr) return f.tape(d, state.rows.time(b, s, back), b);
+      return state.wx + ((s % state.chunk) * p.batch + b) * G * p.hidden;
+    }
+
+    const T* h_prev(int64_t b, int64_t s) const {
+      if (state.rows.cut(b, s, back)) return state.zeros;
+      if (s > 0) return f.y(d, state.rows.time(b, s - 1, back), b);
+      return p.h0 == nullptr ? state.zeros : p.h0 + (d * p.batch + b) * p.outputs;
+    }
+
+    // wx = W x + b for the steps s, ..., s + chunk - 1 of this thread's rows and units.
+    void project_inputs(int64_t begin) {
+      const int64_t end = min64(begin + state.chunk, p.steps);
+      T* out[kRowBlock];
+      int64_t s = begin, i = 0;
+      while (s < end) {
+        int64_t count = 0;
+        for (; s < end && count < kRowBlock; ++i) {
+          if (i == slice.rows(state.rows.active[s])) {
+            i = -1, ++s;
+            continue;
+          }
+          const int64_t b = state.rows.order[slice.row(i)];
+          left[count] = p.x + state.rows.time(b, s, back) * p.x_stride_t + b * p.x_stride_b;
+          out[count++] = wx_row(s, b);
+        }
+        input_block(count, out);
+      }
+      // The halves of GruResetBefore share units out otherwise than its input projection.
+      if (kTwoHalves) barrier.wait(slice.unit_parts);
+    }
+
+    void input_block(int64_t count, T* const* out) {
+      const Input& matrix = f.input[d];
+      constexpr int kVectors = Input::kUnits / N;
+      const Range panels = slice.units(matrix.panels());
+      for (int64_t j = panels.begin; j < panels.end && count > 0; ++j) {
+        matrix.product(j, count, left, acc);
+        for (int64_t r = 0; r < count; ++r)
+          for (int v = 0; v < kVectors; ++v) {
+            const int64_t unit = j * Input::kUnits + v * N, m = min64(N, p.hidden - unit);
+            if (m <= 0) break;
+            for (int g = 0; g < G; ++g) {
+              const V sum = V::load(acc + r * Input::kWidth + (v * G + g) * N);
+              (sum + V::load(state.bias_x + g * p.hidden + unit, m)).store(out[r] + g * p.hidden + unit, m);
+            }
+          }
+      }
+    }
+
+    // Fills step[] and left[] for step s of the first `count` of this thread's rows.
+    void place(int64_t s, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t b = state.rows.order[slice.row(i)], t = state.rows.time(b, s, back);
+        StepRow<T>& row = step[i];
+        left[i] = h_prev(b, s);
+        row.y = f.y(d, t, b);
+        row.h = p.projected ? state.cell_out + b * p.hidden : row.y;
+        row.wx = wx_row(s, b);
+        row.tape = p.tape == nullptr ? nullptr : row.wx;
+        if (C::kMemory < 0) continue;
+        row.c = p.c_n + (d * p.batch + b) * p.hidden;
+        row.c_prev = state.rows.cut(b, s, back) ? state.zeros : row.c;
+        row.c_out = p.c_all == nullptr ? nullptr : p.c_all + ((t * p.batch + b) * p.directions + d) * p.hidden;
+      }
+    }
+
+    void first_half(int64_t count) {
+      const Recurrent& matrix = f.recurrent[d];
+      const Range panels = slice.units(matrix.panels());
+      for (int64_t j = panels.begin; j < panels.end; ++j)
+        for (int64_t i0 = 0; i0 < count; i0 += kRowBlock) {
+          const int64_t block = min64(kRowBlock, count - i0);
+          matrix.product(j, block, left + i0, acc);
+          for (int64_t i = i0; i < i0 + block; ++i)
+            for (int v = 0; v < U; ++v) {
+              const int64_t unit = j * Recurrent::kUnits + v * N, m = min64(N, p.hidden - unit);
+              if (m <= 0) break;
+              const T* sums = acc + (i - i0) * Recurrent::kWidth + v * kFirst * N;
+              if constexpr (kTwoHalves)
+                reset_and_update(i, sums, unit, m);
+              else
+                cell(i, sums, unit, m);
+            }
+        }
+    }
+
+    // The cell on one vector of units of row i, whose recurrent sums are sums[G][N].
+    RNN_FN void cell(int64_t i, const T* sums, int64_t unit, int64_t m) {
+      const StepRow<T>& row = step[i];
+      V wx[G], rh[G], tape[C::kTape];
+      for (int g = 0; g < G; ++g) {
+        wx[g] = V::load(row.wx + g * p.hidden + unit, m);
+        rh[g] = V::load(sums + g * N);
+      }
+      if (C::kHiddenBias >= 0 && state.bias_h != nullptr)
+        rh[C::kHiddenBias < 0 ? 0 : C::kHiddenBias] += V::load(state.bias_h + unit, m);
+      typename C::State prev{V(T(0)), V(T(0))};
+      if (C::kReadsH) prev.h = V::load(left[i] + unit, m);
+      if (C::kMemory >= 0) prev.c = V::load(row.c_prev + unit, m);
+      const typename C::State next = C::forward(wx, rh, prev, tape);
+      next.h.store(row.h + unit, m);
+      if (C::kMemory >= 0) {
+        next.c.store(row.c + unit, m);
+        if (row.c_out != nullptr) next.c.store(row.c_out + unit, m);
+      }
+      if (row.tape == nullptr) return;
+      for (int k = 0; k < C::kTape; ++k) tape[k].store(row.tape + k * p.hidden + unit, m);
+    }
+
+    // GruResetBefore, first half: r and z, and r * h for the second product.
+    RNN_FN void reset_and_update(int64_t i, const T* sums, int64_t unit, int64_t m) {
+      if constexpr (kTwoHalves) {
+        const StepRow<T>& row = step[i];
+        const int64_t b = state.rows.order[slice.row(i)];
+        const V wx[2] = {V::load(row.wx + unit, m), V::load(row.wx + p.hidden + unit, m)};
+        const V rh[2] = {V::load(sums), V::load(sums + N)};
+        V r, z;
+        C::gates(wx, rh, r, z);
+        (r * V::load(left[i] + unit, m)).store(state.reset_h + b * p.hidden + unit, m);
+        z.store((row.tape == nullptr ? state.update + b * p.hidden : row.tape + p.hidden) + unit, m);
+        if (row.tape != nullptr) r.store(row.tape + unit, m);
+      }
+    }
+
+    void second_half(int64_t count) {
+      const Second& matrix = f.second[d];
+      const Range panels = slice.units(matrix.panels());
+      const T* source[kRowBlock];
+      for (int64_t j = panels.begin; j < panels.end; ++j)
+        for (int64_t i0 = 0; i0 < count; i0 += kRowBlock) {
+          const int64_t block = min64(kRowBlock, count - i0);
+          for (int64_t i = 0; i < block; ++i) {
+            const int64_t b = state.rows.order[slice.row(i0 + i)];
+            source[i] = (kTwoHalves ? state.reset_h : state.cell_out) + b * p.hidden;
+          }
+          matrix.product(j, block, source, acc);
+          for (int64_t i = i0; i < i0 + block; ++i)
+            for (int v = 0; v < 4; ++v) {
+              const int64_t unit = j * Second::kUnits + v * N, m = min64(N, matrix.hidden - unit);
+              if (m <= 0) break;
+              second_output(i, V::load(acc + (i - i0) * Second::kWidth + v * N), unit, m);
+            }
+        }
+    }
+
+    RNN_FN void second_output(int64_t i, V sum, int64_t unit, int64_t m) {
+      if constexpr (kTwoHalves) {
+        const StepRow<T>& row = step[i];
+        const int64_t b = state.rows.order[slice.row(i)];
+        const T* update = row.tape == nullptr ? state.update + b * p.hidden : row.tape + p.hidden;
+        const V n = C::candidate(V::load(row.wx + 2 * p.hidden + unit, m), sum);
+        C::output(V::load(update + unit, m), n, V::load(left[i] + unit, m)).store(row.y + unit, m);
+        if (row.tape != nullptr) n.store(row.tape + 2 * p.hidden + unit, m);
+      } else {
+        sum.store(step[i].y + unit, m);
+      }
+    }
+
+    // Final states, and zeros past the end of each row.
+    void finish() {
+      if (slice.unit_part != 0) return;
+      for (int64_t i = 0; i < mine; ++i) {
+        const int64_t b = state.rows.order[slice.row(i)], length = state.rows.length(b);
+        const T* last = length > 0 ? f.y(d, state.rows.time(b, length - 1, back), b)
+                        : p.h0 != nullptr ? p.h0 + (d * p.batch + b) * p.outputs
+                                          : state.zeros;
+        memcpy(p.h_n + (d * p.batch + b) * p.outputs, last, p.outputs * sizeof(T));
+        for (int64_t t = length; t < p.steps; ++t) {
+          memset(f.y(d, t, b), 0, p.outputs * sizeof(T));
+          if (p.c_all != nullptr)
+            memset(p.c_all + ((t * p.batch + b) * p.directions + d) * p.hidden, 0, p.hidden * sizeof(T));
+        }
+      }
+    }
+  };
+};
+
+template <typename T, template <typename> class CellOf>
+void run_forward(const LayerParams<T>& p, int threads, cpu::RunTeam run_team) {
+  if (p.batch == 0) return;
+  Arena arena;
+  Forward<T, CellOf> forward(p, threads, arena);
+  run_team(
+      forward.useful_threads(threads), [](void* f, int id, int size) { static_cast<Forward<T, CellOf>*>(f)->run(id, size); },
+      &forward);
+}
+
+}  // namespace RNN_ISA
+}  // namespace torchrnn

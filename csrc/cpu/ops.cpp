@@ -1,0 +1,441 @@
+// The CPU kernels behind torchrnn's ops: allocates outputs, fills the parameter structs, picks dtype, instruction set
+// and number of threads. Schemas, argument errors and gradients are in torchrnn/ops.py.
+//
+// bfloat16 and float16 are widened to float32 here, once per call, and the results rounded.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <thread>
+#include <tuple>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/kernels.h"
+
+namespace torchrnn {
+namespace cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using MaybeTensor = std::optional<Tensor>;
+
+// Instruction sets ------------------------------------------------------------------------------------------------
+
+bool isa_supported(int64_t isa) {
+  switch (Isa(isa)) {
+    case Isa::kGeneric:
+      return true;
+#ifdef __x86_64__
+    case Isa::kAvx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case Isa::kAvx512:
+      return isa_supported(int64_t(Isa::kAvx2)) && __builtin_cpu_supports("avx512f") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512vl");
+#endif
+    default:
+      return false;
+  }
+}
+
+int64_t best_isa() {
+  int64_t isa = kIsaCount - 1;
+  while (!isa_supported(isa)) --isa;
+  return isa;
+}
+
+std::atomic<int64_t> active_isa{best_isa()};
+
+const Kernels& kernels_of(int64_t isa) {
+  STD_TORCH_CHECK(isa >= 0 && isa < kIsaCount && isa_supported(isa), "instruction set ", isa, " is not supported");
+#ifdef __x86_64__
+  if (Isa(isa) == Isa::kAvx512) return kAvx512Kernels;
+  if (Isa(isa) == Isa::kAvx2) return kAvx2Kernels;
+#endif
+  return kGenericKernels;
+}
+
+const Kernels& kernels() { return kernels_of(active_isa.load(std::memory_order_relaxed)); }
+
+int64_t get_isa() { return active_isa.load(); }
+
+void set_isa(int64_t isa) {
+  kernels_of(isa);
+  active_isa.store(isa);
+}
+
+// Threads ---------------------------------------------------------------------------------------------------------
+
+// Runs a team on torch's threads. parallel_for may hand out fewer chunks than there are threads, or all of them to the
+// caller (inside another parallel region, say); the team is then as large as the number of callers, which all exist
+// when every index is claimed. Only then does anybody start, since members wait for each other.
+void run_team(int threads, Task task, void* context) {
+  if (threads <= 1) return task(context, 0, 1);
+  std::atomic<int> claimed{0}, callers{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    const int arrival = callers.fetch_add(1);
+    claimed.fetch_add(int(end - begin));
+    while (claimed.load() < threads) std::this_thread::yield();
+    const int size = callers.load();
+    // With an index each, ids go by index, so that a thread meets the same part of the weights at every call.
+    task(context, size == threads ? int(begin) : arrival, size);
+  });
+}
+
+// Threads worth their barriers, from what a step must read and compute at about 250 GB/s and 250 GFLOP/s per core.
+template <typename T>
+int team_size(const LayerParams<T>& p, int64_t gates) {
+  const double weights = double(gates * p.hidden) * p.outputs;
+  const double step_ns = std::max(weights * sizeof(T), weights * 2 * p.batch) / 250;
+  const double input_ns = double(gates * p.hidden) * p.inputs * std::max<double>(2 * p.steps * p.batch, sizeof(T)) / 250;
+  if (p.steps * step_ns + input_ns < 5000) return 1;
+  if (p.batch < 8 && p.directions == 1 && step_ns < 500) return 1;
+  return int(torch::stable::get_num_threads());
+}
+
+// Tensors to pointers -----------------------------------------------------------------------------------------------
+
+struct CellInfo {
+  int64_t gates, tape;
+  bool memory;
+};
+
+CellInfo cell_info(int64_t cell) {
+  switch (Cell(cell)) {
+    case Cell::kLstm:
+      return {4, 5, true};
+    case Cell::kGru:
+      return {3, 4, false};
+    case Cell::kGruResetBefore:
+      return {3, 3, false};
+    case Cell::kRnn:
+      return {1, 1, false};
+  }
+  STD_TORCH_CHECK(false, "cell ", cell, " is not known");
+}
+
+ScalarType wide_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// What the ops have in common, in the order of their schemas.
+struct Arguments {
+  Tensor x;
+  Tensors weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, norm_gain, norm_shift;
+  MaybeTensor h0, c0, lengths, resets, mask_h, mask_c, zoneout_h, zoneout_c;
+  int64_t cell, activation;
+  std::optional<double> cell_clip, proj_clip;
+  double norm_eps;
+  bool reverse;
+};
+
+// Owns the widened copies that the pointers of a parameter struct point to.
+template <typename T>
+class Widened {
+ public:
+  explicit Widened(ScalarType dtype) : dtype_(dtype) {}
+
+  // In the kernels' dtype, the last dimension with stride 1.
+  Tensor rows(const Tensor& tensor) {
+    Tensor wide = tensor.scalar_type() == dtype_ ? tensor : torch::stable::to(tensor, dtype_);
+    const int64_t last = wide.dim() - 1;
+    return keep(wide.size(last) <= 1 || wide.stride(last) == 1 ? wide : torch::stable::contiguous(wide));
+  }
+  const T* dense(const Tensor& tensor) {
+    const Tensor wide = tensor.scalar_type() == dtype_ ? tensor : torch::stable::to(tensor, dtype_);
+    return keep(torch::stable::contiguous(wide)).template const_data_ptr<T>();
+  }
+  const T* dense(const MaybeTensor& tensor) { return tensor.has_value() ? dense(*tensor) : nullptr; }
+  const T* dense(const Tensors& tensors, int64_t d) { return tensors.empty() ? nullptr : dense(tensors[d]); }
+  template <typename U>
+  const U* dense_as(const MaybeTensor& tensor, ScalarType dtype) {
+    if (!tensor.has_value()) return nullptr;
+    const Tensor converted = tensor->scalar_type() == dtype ? *tensor : torch::stable::to(*tensor, dtype);
+    return keep(torch::stable::contiguous(converted)).template const_data_ptr<U>();
+  }
+
+ private:
+  Tensor keep(const Tensor& tensor) {
+    kept_.push_back(tensor);
+    return tensor;
+  }
+
+  ScalarType dtype_;
+  Tensors kept_;
+};
+
+template <typename T>
+LayerParams<T> layer_params(const Arguments& a, Widened<T>& wide) {
+  LayerParams<T> p{};
+  const CellInfo info = cell_info(a.cell);
+  p.cell = Cell(a.cell);
+  p.activation = Activation(a.activation);
+  p.directions = a.weight_hh.size();
+  STD_TORCH_CHECK(p.directions >= 1 && p.directions <= kMaxDirections, "1 or 2 directions are needed");
+  p.steps = a.x.size(0), p.batch = a.x.size(1), p.inputs = a.x.size(2);
+  p.hidden = a.weight_hh[0].size(0) / info.gates, p.outputs = a.weight_hh[0].size(1);
+  p.reverse = a.reverse;
+  p.projected = !a.weight_hr.empty();
+
+  const Tensor x = wide.rows(a.x);
+  p.x = x.template const_data_ptr<T>();
+  p.x_stride_t = x.stride(0), p.x_stride_b = x.stride(1);
+  const int64_t rows = info.gates * p.hidden;
+  for (int64_t d = 0; d < p.directions; ++d) {
+    RNN_CHECK_SHAPE(a.weight_ih.at(d), rows, p.inputs);
+    RNN_CHECK_SHAPE(a.weight_hh[d], rows, p.outputs);
+    if (!a.bias_ih.empty()) RNN_CHECK_SHAPE(a.bias_ih.at(d), rows);
+    if (!a.bias_ih.empty()) RNN_CHECK_SHAPE(a.bias_hh.at(d), rows);
+    if (p.projected) RNN_CHECK_SHAPE(a.weight_hr.at(d), p.outputs, p.hidden);
+    auto& w = p.weights[d];
+    w.weight_ih = wide.dense(a.weight_ih, d), w.weight_hh = wide.dense(a.weight_hh, d);
+    w.bias_ih = wide.dense(a.bias_ih, d), w.bias_hh = wide.dense(a.bias_hh, d);
+    w.weight_hr = wide.dense(a.weight_hr, d);
+  }
+  if (a.h0.has_value()) RNN_CHECK_SHAPE(*a.h0, p.directions, p.batch, p.outputs);
+  if (a.c0.has_value()) RNN_CHECK_SHAPE(*a.c0, p.directions, p.batch, p.hidden);
+  p.h0 = wide.dense(a.h0), p.c0 = wide.dense(a.c0);
+
+  if (a.lengths.has_value()) RNN_CHECK_SHAPE(*a.lengths, p.batch);
+  p.lengths = wide.template dense_as<int64_t>(a.lengths, ScalarType::Long);
+  for (int64_t b = 0; p.lengths != nullptr && b < p.batch; ++b)
+    STD_TORCH_CHECK(p.lengths[b] >= 0 && p.lengths[b] <= p.steps, "lengths must be in 0..T=", p.steps, ", got ",
+                    p.lengths[b]);
+  if (a.resets.has_value()) RNN_CHECK_SHAPE(*a.resets, p.steps, p.batch);
+  p.resets = wide.template dense_as<bool>(a.resets, ScalarType::Bool);
+
+  // ops.py sends calls with these to the reference; a kernel that ignored one would be wrong in silence.
+  STD_TORCH_CHECK(a.peephole.empty() && a.norm_gain.empty() && a.norm_shift.empty() && !a.mask_h.has_value() &&
+                      !a.mask_c.has_value() && !a.zoneout_h.has_value() && !a.zoneout_c.has_value() &&
+                      !a.cell_clip.has_value() && !a.proj_clip.has_value(),
+                  "no CPU kernel serves this variation");
+  STD_TORCH_CHECK(p.activation == Activation::kTanh || (p.cell == Cell::kRnn && p.activation == Activation::kRelu),
+                  "no CPU kernel serves this activation");
+  p.cell_clip = p.proj_clip = std::numeric_limits<T>::infinity();
+  p.norm_eps = T(a.norm_eps);
+  return p;
+}
+
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, std::vector<int64_t>(shape), dtype);
+}
+
+Tensor rounded(const Tensor& tensor, ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+}
+
+// Ops ---------------------------------------------------------------------------------------------------------------
+
+struct LayerOutput {
+  Tensor y, c_all, h_n, c_n, tape;
+};
+
+template <typename T>
+LayerOutput forward(const Arguments& a, bool all_states, bool training) {
+  const ScalarType dtype = a.x.scalar_type(), wide_dtype = wide_type(a.x);
+  Widened<T> wide(wide_dtype);
+  LayerParams<T> p = layer_params<T>(a, wide);
+  const CellInfo info = cell_info(a.cell);
+  const auto maybe = [&](bool wanted, std::initializer_list<int64_t> shape) {
+    return wanted ? empty(a.x, shape, wide_dtype) : empty(a.x, {0}, wide_dtype);
+  };
+  LayerOutput out{
+      empty(a.x, {p.steps, p.batch, p.directions * p.outputs}, wide_dtype),
+      maybe(all_states && info.memory, {p.steps, p.batch, p.directions * p.hidden}),
+      empty(a.x, {p.directions, p.batch, p.outputs}, wide_dtype),
+      maybe(info.memory, {p.directions, p.batch, p.hidden}),
+      maybe(training, {p.directions, p.steps, p.batch, info.tape * p.hidden}),
+  };
+  p.y = out.y.template mutable_data_ptr<T>();
+  p.h_n = out.h_n.template mutable_data_ptr<T>();
+  if (info.memory) p.c_n = out.c_n.template mutable_data_ptr<T>();
+  if (info.memory && all_states) p.c_all = out.c_all.template mutable_data_ptr<T>();
+  if (training) p.tape = out.tape.template mutable_data_ptr<T>();
+  if constexpr (sizeof(T) == sizeof(float))
+    kernels().forward_f32(p, team_size(p, info.gates), run_team);
+  else
+    kernels().forward_f64(p, team_size(p, info.gates), run_team);
+  return {rounded(out.y, dtype), rounded(out.c_all, dtype), rounded(out.h_n, dtype), rounded(out.c_n, dtype), out.tape};
+}
+
+LayerOutput forward(const Arguments& a, bool all_states, bool training) {
+  return wide_type(a.x) == ScalarType::Double ? forward<double>(a, all_states, training)
+                                              : forward<float>(a, all_states, training);
+}
+
+struct LayerGradient {
+  Tensor dx, dh0, dc0;
+  Tensors dweights;
+};
+
+struct Needs {
+  bool dx, dstate, dweights;
+};
+
+template <typename T>
+LayerGradient backward(const MaybeTensor& dy, const MaybeTensor& dc_all, const MaybeTensor& dh_n,
+                       const MaybeTensor& dc_n, const Arguments& a, const Tensor& y, const Tensor& tape, Needs needs) {
+  const ScalarType dtype = a.x.scalar_type(), wide_dtype = wide_type(a.x);
+  Widened<T> wide(wide_dtype);
+  BackwardParams<T> q{};
+  q.layer = layer_params<T>(a, wide);
+  LayerParams<T>& p = q.layer;
+  const CellInfo info = cell_info(a.cell);
+  RNN_CHECK_SHAPE(y, p.steps, p.batch, p.directions * p.outputs);
+  RNN_CHECK_SHAPE(tape, p.directions, p.steps, p.batch, info.tape * p.hidden);
+  // The struct has no const for the outputs of forward, which are only read here.
+  p.y = const_cast<T*>(wide.dense(y));
+  p.tape = const_cast<T*>(wide.dense(tape));
+  if (dy.has_value()) {
+    RNN_CHECK_SHAPE(*dy, p.steps, p.batch, p.directions * p.outputs);
+    const Tensor rows = wide.rows(*dy);
+    q.dy = rows.template const_data_ptr<T>();
+    q.dy_stride_t = rows.stride(0), q.dy_stride_b = rows.stride(1);
+  }
+  q.dc_all = wide.dense(dc_all), q.dh_n = wide.dense(dh_n);
+  q.dc_n = info.memory ? wide.dense(dc_n) : nullptr;
+  if (!info.memory) q.dc_all = nullptr;
+
+  // Allocates a gradient of the shape of `like` if it is wanted, else an empty tensor.
+  const auto gradient = [&](const MaybeTensor& like, bool wanted, T*& pointer) {
+    wanted = wanted && like.has_value();
+    std::vector<int64_t> shape{0};
+    if (wanted) {
+      shape.clear();
+      for (int64_t i = 0; i < like->dim(); ++i) shape.push_back(like->size(i));
+    }
+    const Tensor result = torch::stable::new_empty(a.x, shape, wide_dtype);
+    pointer = wanted ? result.template mutable_data_ptr<T>() : nullptr;
+    return result;
+  };
+  LayerGradient grad{gradient(a.x, needs.dx, q.dx), gradient(a.h0, needs.dstate, q.dh0),
+                     gradient(a.c0, needs.dstate, q.dc0), {}};
+  if (needs.dweights) {
+    const auto list = [&](const Tensors& tensors, T* DirectionWeights<T>::* field) {
+      for (size_t d = 0; d < tensors.size(); ++d)
+        grad.dweights.push_back(gradient(tensors[d], true, q.dweights[d].*field));
+    };
+    list(a.weight_ih, &DirectionWeights<T>::weight_ih);
+    list(a.weight_hh, &DirectionWeights<T>::weight_hh);
+    list(a.bias_ih, &DirectionWeights<T>::bias_ih);
+    list(a.bias_hh, &DirectionWeights<T>::bias_hh);
+    list(a.weight_hr, &DirectionWeights<T>::weight_hr);
+  }
+  if constexpr (sizeof(T) == sizeof(float))
+    kernels().backward_f32(q, team_size(p, info.gates), run_team);
+  else
+    kernels().backward_f64(q, team_size(p, info.gates), run_team);
+  for (Tensor* tensor : {&grad.dx, &grad.dh0, &grad.dc0}) *tensor = rounded(*tensor, dtype);
+  for (Tensor& tensor : grad.dweights) tensor = rounded(tensor, dtype);
+  return grad;
+}
+
+#define RNN_PARAMETERS                                                                                              \
+  Tensor x, Tensors weight_ih, Tensors weight_hh, Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,              \
+      Tensors peephole, Tensors norm_gain, Tensors norm_shift, MaybeTensor h0, MaybeTensor c0, MaybeTensor lengths, \
+      MaybeTensor resets, MaybeTensor mask_h, MaybeTensor mask_c, MaybeTensor zoneout_h, MaybeTensor zoneout_c,     \
+      int64_t cell, int64_t activation, std::optional<double> cell_clip, std::optional<double> proj_clip,           \
+      double norm_eps, bool reverse
+#define RNN_ARGUMENTS                                                                                          \
+  Arguments {                                                                                                  \
+    x, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, norm_gain, norm_shift, h0, c0, lengths,    \
+        resets, mask_h, mask_c, zoneout_h, zoneout_c, cell, activation, cell_clip, proj_clip, norm_eps, reverse \
+  }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer(RNN_PARAMETERS, bool all_states) {
+  LayerOutput out = forward(RNN_ARGUMENTS, all_states, true);
+  return {out.y, out.c_all, out.h_n, out.c_n, out.tape};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_infer(RNN_PARAMETERS, bool all_states) {
+  LayerOutput out = forward(RNN_ARGUMENTS, all_states, false);
+  return {out.y, out.c_all, out.h_n, out.c_n};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensors> layer_backward(MaybeTensor dy, MaybeTensor dc_all, MaybeTensor dh_n,
+                                                           MaybeTensor dc_n, RNN_PARAMETERS, Tensor y, Tensor tape,
+                                                           bool need_dx, bool need_dstate, bool need_dweights) {
+  const Needs needs{need_dx, need_dstate, need_dweights};
+  LayerGradient grad = wide_type(x) == ScalarType::Double
+                           ? backward<double>(dy, dc_all, dh_n, dc_n, RNN_ARGUMENTS, y, tape, needs)
+                           : backward<float>(dy, dc_all, dh_n, dc_n, RNN_ARGUMENTS, y, tape, needs);
+  return {grad.dx, grad.dh0, grad.dc0, grad.dweights};
+}
+
+// Floors ------------------------------------------------------------------------------------------------------------
+
+// Repeats work, which returns how much it did, on all threads for about `seconds`; returns the total per nanosecond.
+template <typename Work>
+double rate(double seconds, int64_t threads, const Work& work) {
+  using Clock = std::chrono::steady_clock;
+  std::vector<double> rates(threads, 0.0);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const auto start = Clock::now();
+      double done = 0, elapsed = 0;
+      while (elapsed < seconds) {
+        done += work();
+        elapsed = std::chrono::duration<double>(Clock::now() - start).count();
+      }
+      rates[i] = done / elapsed * 1e-9;
+    }
+  });
+  double total = 0;
+  for (const double r : rates) total += r;
+  return total;
+}
+
+double fma_peak(int64_t isa, double seconds, int64_t threads) {
+  const Kernels& k = kernels_of(isa);
+  return rate(seconds, threads, [&] { return 2 * k.multiply_add_loop(100000); });
+}
+
+double read_bandwidth(int64_t bytes, double seconds, int64_t threads) {
+  const Kernels& k = kernels();
+  const int64_t count = std::max<int64_t>(bytes / sizeof(float), 1024);
+  const int64_t times = std::max<int64_t>(1, (1 << 22) / count);
+  return rate(seconds, threads, [&] {
+    thread_local std::vector<float> data;
+    if (int64_t(data.size()) != count) data.assign(count, 1.0f);
+    k.read_loop(data.data(), count, times);
+    return double(count) * times * sizeof(float);
+  });
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace torchrnn
+
+STABLE_TORCH_LIBRARY_IMPL(torchrnn, CPU, m) {
+  m.impl("layer", TORCH_BOX(&torchrnn::cpu::layer));
+  m.impl("layer_infer", TORCH_BOX(&torchrnn::cpu::layer_infer));
+  m.impl("layer_backward", TORCH_BOX(&torchrnn::cpu::layer_backward));
+}
+
+// Ops without tensors, which belong to this library alone.
+STABLE_TORCH_LIBRARY_FRAGMENT(torchrnn, m) {
+  m.def("isa() -> int");
+  m.def("isa_supported(int isa) -> bool");
+  m.def("set_isa(int isa) -> ()");
+  m.def("fma_peak(int isa, float seconds, int threads) -> float");
+  m.def("read_bandwidth(int bytes, float seconds, int threads) -> float");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(torchrnn, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&torchrnn::cpu::get_isa));
+  m.impl("isa_supported", TORCH_BOX(&torchrnn::cpu::isa_supported));
+  m.impl("set_isa", TORCH_BOX(&torchrnn::cpu::set_isa));
+  m.impl("fma_peak", TORCH_BOX(&torchrnn::cpu::fma_peak));
+  m.impl("read_bandwidth", TORCH_BOX(&torchrnn::cpu::read_bandwidth));
+}

@@ -1,0 +1,113 @@
+// Products for the backward pass: by weights as they lie, and sums of outer products over all rows of a sequence.
+#pragma once
+
+#include "cpu/team.h"
+#include "cpu/tile.h"
+
+namespace torchrnn {
+inline namespace RNN_ISA {
+
+// A matrix [K, columns] whose rows are the k of the product, read as panels of 4 vectors of columns. Its rows come in
+// blocks of block_rows; block q of the product is block (q + rotate) % blocks of the matrix.
+template <typename T>
+struct ColumnMatrix {
+  static constexpr int N = kLanes<T>;
+  static constexpr int kWidth = 4 * N;
+
+  const T* weight;  // [blocks * block_rows, stride], of which the first `columns` of each row
+  int64_t columns, stride, blocks, block_rows, rotate;
+  T* packed;             // panels from first_packed on, [panel][K][kWidth]
+  int64_t first_packed;  // the panels before it are full, and multiplied as they are
+
+  int64_t depth() const { return blocks * block_rows; }
+  int64_t panels() const { return ceil_div(columns, kWidth); }
+  int64_t packed_size() const { return (panels() - first_packed) * depth() * kWidth; }
+  const T* row(int64_t k) const {
+    const int64_t q = (k / block_rows + rotate) % blocks;
+    return weight + (q * block_rows + k % block_rows) * stride;
+  }
+
+  void pack(int64_t begin, int64_t end) const {
+    for (int64_t j = max64(begin, first_packed); j < end; ++j) {
+      T* dst = packed + (j - first_packed) * depth() * kWidth;
+      const int64_t n = min64(kWidth, columns - j * kWidth);
+      for (int64_t k = 0; k < depth(); ++k, dst += kWidth) {
+        memcpy(dst, row(k) + j * kWidth, n * sizeof(T));
+        memset(dst + n, 0, (kWidth - n) * sizeof(T));
+      }
+    }
+  }
+
+  // acc[count][kWidth] (+)= rows times panel j.
+  void product(int64_t j, int64_t count, const T* const* rows, T* acc, bool accumulate) const {
+    if (j >= first_packed) {
+      const T* panel = packed + (j - first_packed) * depth() * kWidth;
+      return panel_product<T, 4>(count, rows, panel, depth(), acc, accumulate);
+    }
+    for (int64_t q = 0; q < blocks; ++q)
+      for (int64_t r = 0; r < count;) {
+        const int64_t height = min64(count - r, tile_rows(4));
+        fma_tile_rows<T, 4>(height, rows + r, q * block_rows, 1, row(q * block_rows) + j * kWidth, stride, block_rows,
+                            acc + r * kWidth, kWidth, accumulate || q > 0);
+        r += height;
+      }
+  }
+};
+
+// Rows summed at a time: their panel of 64 floats (128 KB) stays in L2 while the left side passes by, and the result
+// is read and written once per this many rows.
+constexpr int64_t kOuterDepth = 512;
+constexpr int64_t kOuterTiles = 32;  // tiles of the left side packed at a time
+
+// Distance of two packed tiles of the left side: not a multiple of 4 KB, else all would fall into one set of L1.
+template <typename T>
+constexpr int64_t kOuterStride = kOuterDepth* tile_rows(4) + 64 / sizeof(T);
+
+// out[m][n] (+)= sum over k of left[k][m] * right[k][n], for m in `range`, n in 0..columns-1, k in 0..depth-1.
+template <typename T>
+void outer_sum(int64_t depth, const T* const* left, int64_t left_offset, const T* const* right, Range range,
+               int64_t columns, T* out, bool accumulate, T* memory) {
+  constexpr int N = kLanes<T>, kWidth = 4 * N, R = tile_rows(4);
+  T* left_pack = memory;                                   // [tile][k][R]
+  T* right_pack = memory + kOuterTiles * kOuterStride<T>;  // [k][kWidth]
+  T* acc = right_pack + kOuterDepth * kWidth;              // [R][kWidth]
+  for (int64_t m0 = range.begin; m0 < range.end; m0 += kOuterTiles * R) {
+    const int64_t rows = min64(kOuterTiles * R, range.end - m0);
+    for (int64_t k = 0; k < depth; ++k) {
+      const T* src = left[k] + left_offset + m0;
+      T* dst = left_pack + k * R;
+      int64_t m = 0;
+      for (; m + R <= rows; m += R, dst += kOuterStride<T>) memcpy(dst, src + m, R * sizeof(T));
+      if (m < rows) memcpy(dst, src + m, (rows - m) * sizeof(T));
+    }
+    for (int64_t n0 = 0; n0 < columns; n0 += kWidth) {
+      const int64_t width = min64(kWidth, columns - n0);
+      for (int64_t k = 0; k < depth; ++k) {
+        memcpy(right_pack + k * kWidth, right[k] + n0, width * sizeof(T));
+        if (width < kWidth) memset(right_pack + k * kWidth + width, 0, (kWidth - width) * sizeof(T));
+      }
+      for (int64_t m = 0; m < rows; m += R) {
+        const int64_t height = min64(R, rows - m);
+        const T* tile[R];
+        for (int r = 0; r < R; ++r) tile[r] = left_pack + (m / R) * kOuterStride<T> + r;
+        T* to = out + (m0 + m) * columns + n0;
+        if (width == kWidth) {
+          fma_tile_rows<T, 4>(height, tile, 0, R, right_pack, kWidth, depth, to, columns, accumulate);
+          continue;
+        }
+        fma_tile_rows<T, 4>(height, tile, 0, R, right_pack, kWidth, depth, acc, kWidth, false);
+        for (int64_t r = 0; r < height; ++r)
+          for (int64_t n = 0; n < width; ++n)
+            to[r * columns + n] = acc[r * kWidth + n] + (accumulate ? to[r * columns + n] : T(0));
+      }
+    }
+  }
+}
+
+template <typename T>
+constexpr int64_t outer_memory() {
+  return kOuterTiles * kOuterStride<T> + (kOuterDepth + tile_rows(4)) * 4 * kLanes<T>;
+}
+
+}  // namespace RNN_ISA
+}  // namespace torchrnn

@@ -1,0 +1,207 @@
+// Register tiles: the products that everything on the CPU is made of.
+//
+// A panel holds C vectors of N columns of a matrix, packed as [K][C][N]; a tile is R rows times one panel, summed in
+// R*C registers. Rows of the left side are given by pointers, so that they may lie anywhere. All sums run in the order
+// of k, whatever the blocking, so results do not depend on it.
+#pragma once
+
+#include "cells/vec.h"
+
+namespace torchrnn {
+inline namespace RNN_ISA {
+
+constexpr int kRegisters = RNN_REGISTERS;
+template <typename T>
+constexpr int kLanes = RNN_VECTOR_BYTES / sizeof(T);
+template <typename T>
+using VecOf = Vec<T, kLanes<T>>;
+
+// R*C sums, R broadcast values and one weight must fit into the registers.
+constexpr int tile_rows(int C) { return (kRegisters - 1) / (C + 1); }
+
+// A panel is walked in blocks of this many k, so that a block (32 KB for C = 4) is still in L1 for the next tile.
+constexpr int64_t kDepthBlock = 128;
+
+RNN_FN int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+RNN_FN int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+RNN_FN int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// acc[r][c] (+)= sum over k of rows[r][(k0 + k) * a_stride] * w[k * w_stride + c*N ...].
+template <typename T, int R, int C>
+__attribute__((noinline)) void fma_tile(const T* const* rows, int64_t k0, int64_t a_stride, const T* w,
+                                        int64_t w_stride, int64_t depth, T* acc, int64_t acc_stride,
+                                        bool accumulate) {
+  using V = VecOf<T>;
+  constexpr int N = V::kSize;
+  V sum[R][C];
+  const T* a[R];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    a[r] = rows[r] + k0 * a_stride;
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) sum[r][c] = accumulate ? V::load(acc + r * acc_stride + c * N) : V(T(0));
+  }
+  int64_t offset = 0;
+  // Few sums leave the multiply-add units waiting for each other: two of each then, one for every other k.
+  if constexpr (R * C < 8) {
+    V odd[R][C];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+      for (int c = 0; c < C; ++c) odd[r][c] = V(T(0));
+    for (; depth >= 2; depth -= 2) {
+#pragma GCC unroll 16
+      for (int c = 0; c < C; ++c) {
+        const V w0 = V::load(w + c * N), w1 = V::load(w + w_stride + c * N);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          sum[r][c] += V(a[r][offset]) * w0;
+          odd[r][c] += V(a[r][offset + a_stride]) * w1;
+        }
+      }
+      w += 2 * w_stride, offset += 2 * a_stride;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+      for (int c = 0; c < C; ++c) sum[r][c] += odd[r][c];
+  }
+  for (; depth > 0; --depth) {
+    V left[R];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) left[r] = V(a[r][offset]);
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) {
+      const V right = V::load(w + c * N);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) sum[r][c] += left[r] * right;
+    }
+    w += w_stride, offset += a_stride;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) sum[r][c].store(acc + r * acc_stride + c * N);
+}
+
+// fma_tile for a number of rows known at run time, 1 <= rows <= tile_rows(C).
+template <typename T, int C, int R = tile_rows(C)>
+RNN_FN void fma_tile_rows(int64_t count, const T* const* rows, int64_t k0, int64_t a_stride, const T* w,
+                          int64_t w_stride, int64_t depth, T* acc, int64_t acc_stride, bool accumulate) {
+  if constexpr (R > 1)
+    if (count < R)
+      return fma_tile_rows<T, C, R - 1>(count, rows, k0, a_stride, w, w_stride, depth, acc, acc_stride, accumulate);
+  fma_tile<T, R, C>(rows, k0, a_stride, w, w_stride, depth, acc, acc_stride, accumulate);
+}
+
+// acc[count][C*N] (+)= rows times a panel, in tiles of about equal height, blocked over k.
+template <typename T, int C>
+void panel_product(int64_t count, const T* const* rows, const T* panel, int64_t depth, T* acc, bool accumulate) {
+  constexpr int64_t kWidth = C * kLanes<T>;
+  const int64_t tiles = ceil_div(count, tile_rows(C));
+  const int64_t block = tiles == 1 ? depth : kDepthBlock;
+  for (int64_t k0 = 0; k0 < depth || k0 == 0; k0 += block) {
+    const int64_t k = min64(block, depth - k0);
+    for (int64_t tile = 0, r = 0; tile < tiles; ++tile) {
+      const int64_t height = ceil_div(count - r, tiles - tile);
+      fma_tile_rows<T, C>(height, rows + r, k0, 1, panel + k0 * kWidth, kWidth, k, acc + r * kWidth, kWidth,
+                          accumulate || k0 > 0);
+      r += height;
+    }
+  }
+}
+
+// dst[k][n] = columns[n][k]: packs weights whose rows are the columns of a panel. Blocks of 16 k keep the lines being
+// written in L1.
+template <typename T>
+void pack_transposed(const T* const* columns, int64_t width, int64_t depth, T* dst) {
+  for (int64_t k0 = 0; k0 < depth; k0 += 16) {
+    const int64_t k1 = min64(k0 + 16, depth);
+    for (int64_t n = 0; n < width; ++n)
+      for (int64_t k = k0; k < k1; ++k) dst[k * width + n] = columns[n][k];
+  }
+}
+
+// acc[r][n] = rows[r] . columns[n] without packing, for so few rows that packing would cost more than it saves.
+// Columns that are `zeros` are padding; if the first of kColumns is, so are the others.
+template <typename T, int R, int kColumns>
+__attribute__((noinline)) void dot_tile(const T* const* rows, const T* const* columns, const T* zeros, int64_t width,
+                                        int64_t depth, T* acc) {
+  using V = VecOf<T>;
+  constexpr int N = V::kSize;
+  for (int64_t n = 0; n < width; n += kColumns) {
+    if (columns[n] == zeros) {
+      for (int r = 0; r < R; ++r)
+        for (int c = 0; c < kColumns; ++c) acc[r * width + n + c] = T(0);
+      continue;
+    }
+    V sum[R][kColumns];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+      for (int c = 0; c < kColumns; ++c) sum[r][c] = V(T(0));
+    for (int64_t k = 0; k < depth; k += N) {
+      const int64_t m = min64(N, depth - k);
+      V left[R];
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) left[r] = V::load(rows[r] + k, m);
+#pragma GCC unroll 16
+      for (int c = 0; c < kColumns; ++c) {
+        const V right = V::load(columns[n + c] + k, m);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) sum[r][c] += left[r] * right;
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < kColumns; ++c) acc[r * width + n + c] = sum[r][c].sum();
+  }
+}
+
+// One matrix whose rows are gates: [G*H, K] in the order of torch, read as panels of U vectors of units, all G gates
+// of a unit in one panel, so that a tile holds all that a unit's cell needs.
+template <typename T, int G, int U>
+struct GateMatrix {
+  static constexpr int kLanesPerVector = kLanes<T>;
+  static constexpr int kUnits = U * kLanesPerVector;      // units per panel
+  static constexpr int kWidth = G * U * kLanesPerVector;  // columns per panel: [U][G][lane]
+
+  const T* weight;  // [G*H, K]
+  int64_t hidden, depth;
+  const T* zeros;  // [K]
+  T* packed;       // panels() * K * kWidth values, or null to multiply without packing
+
+  int64_t panels() const { return ceil_div(hidden, kUnits); }
+  int64_t packed_size() const { return panels() * depth * kWidth; }
+
+  void columns(int64_t j, const T** out) const {
+    for (int u = 0; u < U; ++u)
+      for (int g = 0; g < G; ++g)
+        for (int lane = 0; lane < kLanesPerVector; ++lane) {
+          const int64_t unit = j * kUnits + u * kLanesPerVector + lane;
+          *out++ = unit < hidden ? weight + (g * hidden + unit) * depth : zeros;
+        }
+  }
+
+  void pack(int64_t begin, int64_t end) const {
+    if (packed == nullptr) return;
+    const T* column[kWidth];
+    for (int64_t j = begin; j < end; ++j) {
+      columns(j, column);
+      pack_transposed(column, kWidth, depth, packed + j * depth * kWidth);
+    }
+  }
+
+  // acc[count][kWidth] = rows times panel j.
+  void product(int64_t j, int64_t count, const T* const* rows, T* acc) const {
+    if (packed != nullptr) return panel_product<T, G * U>(count, rows, packed + j * depth * kWidth, depth, acc, false);
+    const T* column[kWidth];
+    columns(j, column);
+    int64_t r = 0;
+    constexpr int kColumns = kWidth % 4 == 0 ? 4 : 2;
+    for (; r + 4 <= count; r += 4) dot_tile<T, 4, kColumns>(rows + r, column, zeros, kWidth, depth, acc + r * kWidth);
+    for (; r < count; ++r) dot_tile<T, 1, kColumns>(rows + r, column, zeros, kWidth, depth, acc + r * kWidth);
+  }
+};
+
+}  // namespace RNN_ISA
+}  // namespace torchrnn

@@ -1,0 +1,176 @@
+"""What all tests share: reproducible state, the tolerance rule, and the paths a call can take."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchrnn
+from torchrnn import _native, ops
+
+SEED = 20240229
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> Iterator[None]:
+    """Seeds every generator, and restores them and the number of threads."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    torch.manual_seed(SEED)
+    np.random.seed(SEED)  # noqa: NPY002
+    random.seed(SEED)
+    yield
+    torch.set_rng_state(states[0])
+    np.random.set_state(states[1])  # noqa: NPY002
+    random.setstate(states[2])
+    torch.set_default_dtype(dtype)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["reference", *_native.ISAS])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Runs the test on the plain-torch reference and on the kernels of every instruction set."""
+    if request.param == "reference":
+        monkeypatch.setattr(ops, "_reference_only", lambda *_: True)
+        with one_thread():
+            yield request.param
+        return
+    if request.param not in _native.isas():
+        pytest.skip(f"{request.param}: {_native.WHY_NOT or 'this machine cannot run it'}")
+    with _native.use_isa(request.param):
+        yield request.param
+
+
+def leaves(value: Any) -> list[Any]:
+    """Returns what nested tuples, lists and dicts hold; a PackedSequence is a tuple."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, tuple | list):
+        return [leaf for item in value for leaf in leaves(item)]
+    return [value]
+
+
+def assert_close_to_f64(ours: Any, theirs: Any, f64: Any, dtype: torch.dtype, label: str = "") -> None:
+    """Asserts ``max|ours - f64| <= 2 max|theirs - f64| + 8 eps(dtype) max|f64|``, the rule of all tests.
+
+    Args:
+        ours: What is tested: a tensor, or nested tuples, lists or dicts of tensors and None.
+        theirs: The same from ``torch.nn`` in the same dtype.
+        f64: The same from ``torch.nn`` in float64.
+        dtype: The dtype that ``ours`` and ``theirs`` must have; tensors of integers must be equal.
+        label: What is compared, for the message.
+    """
+    triples = list(zip(leaves(ours), leaves(theirs), leaves(f64), strict=True))
+    for i, (our, their, exact) in enumerate(triples):
+        name = f"{label or 'tensor'} {i + 1} of {len(triples)}"
+        if our is None or their is None or exact is None:
+            assert our is None and their is None and exact is None, f"{name}: ours {our}, theirs {their}"
+            continue
+        assert our.shape == their.shape == exact.shape, f"{name}: ours {our.shape}, theirs {their.shape}"
+        assert our.dtype == their.dtype, f"{name}: ours {our.dtype}, theirs {their.dtype}"
+        if not our.is_floating_point():
+            assert torch.equal(our, their), name
+            continue
+        assert our.dtype == dtype, f"{name}: {our.dtype}, wanted {dtype}"
+        assert exact.dtype == torch.float64, f"{name}: the exact result is {exact.dtype}"
+        if our.numel() == 0:
+            continue
+        our, their, exact = our.detach().double(), their.detach().double(), exact.detach()
+        our_error, their_error = ((result - exact).abs().max().item() for result in (our, their))
+        scale = exact.abs().max().item()
+        bound = 2 * their_error + 8 * torch.finfo(dtype).eps * scale
+        # Written so that a NaN fails.
+        assert our_error <= bound, (
+            f"{name}, {list(our.shape)} {dtype}: max error {our_error:.3e} of ours is above {bound:.3e}; "
+            f"torch's is {their_error:.3e}, the largest value {scale:.3e}"
+        )
+
+
+def gradients(module: nn.Module, results: Any, *inputs: Any) -> dict[str, Tensor | None]:
+    """Returns the gradients of a fixed random functional of ``results`` by parameters and inputs."""
+    generator = torch.Generator().manual_seed(SEED)
+    outputs = [leaf for leaf in leaves(results) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    weights = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64) for leaf in outputs]
+    wanted = dict(module.named_parameters())
+    for i, leaf in enumerate(leaves(inputs)):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            wanted[f"input {i}"] = leaf
+    total = sum((leaf.double() * weight).sum() for leaf, weight in zip(outputs, weights, strict=True))
+    return dict(zip(wanted, torch.autograd.grad(total, list(wanted.values()), allow_unused=True), strict=True))
+
+
+def doubled(value: Any) -> Any:
+    """Returns nested tensors, PackedSequences too, as float64 leaves that require what the originals do."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            return value
+        return value.detach().double().requires_grad_(value.requires_grad)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(doubled(item) for item in value))
+    if isinstance(value, tuple | list):
+        return type(value)(doubled(item) for item in value)
+    return value
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Runs torch on one thread: on a busy machine each product of MKL's costs a time slice per further thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Trio(NamedTuple):
+    """One module three times with the same parameters: ours, torch.nn's, and torch.nn's in float64."""
+
+    ours: nn.Module
+    theirs: nn.Module
+    exact: nn.Module
+
+    def check(
+        self,
+        *inputs: Any,
+        dtype: torch.dtype = torch.float32,
+        through: Callable[..., Any] = lambda module, *inputs: module(*inputs),
+        **extras: Any,
+    ) -> Any:
+        """Asserts that results and all gradients agree, and returns ours.
+
+        Args:
+            *inputs: Of the call; leaves that require a gradient are compared too.
+            dtype: Of the module and the inputs.
+            through: How torch.nn's modules come to what ours returns at once.
+            **extras: Keyword arguments for ours only.
+        """
+        exact_inputs = doubled(inputs)
+        result = self.ours(*inputs, **extras)
+        ours = gradients(self.ours, result, *inputs)
+        with one_thread():
+            their_result, exact = through(self.theirs, *inputs), through(self.exact, *exact_inputs)
+            theirs = gradients(self.theirs, their_result, *inputs)
+            doubles = gradients(self.exact, exact, *exact_inputs)
+        assert_close_to_f64(result, their_result, exact, dtype, "result")
+        assert list(ours) == list(theirs) == list(doubles)
+        for name in ours:
+            assert_close_to_f64(ours[name], theirs[name], doubles[name], dtype, f"gradient of {name}")
+        return result
+
+
+def trio(make: Callable[[ModuleType], nn.Module], dtype: torch.dtype = torch.float32) -> Trio:
+    """Builds a module from ``torchrnn`` and from ``torch.nn``; ``make`` gets the namespace."""
+    ours, theirs, exact = make(torchrnn).to(dtype), make(nn).to(dtype), make(nn).double()
+    ours.load_state_dict(theirs.state_dict())
+    exact.load_state_dict(theirs.state_dict())
+    return Trio(ours, theirs, exact)

@@ -1,0 +1,298 @@
+"""What the layers share: the ``torch.nn`` contract around one ``ops.layer`` call per layer.
+
+Letters: T steps, B batch rows, L layers, D directions (1 or 2), I inputs, H hidden units, P projected
+outputs, R = P if there is a projection, else H; N rows of a PackedSequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from torchrnn import _dynamo, ops
+from torchrnn.options import Options
+from torchrnn.reference import Arguments
+
+OPTIONS = {
+    "LSTM": Options(cell="lstm"),
+    "GRU": Options(cell="gru"),
+    "GRU_RESET_BEFORE": Options(cell="gru_reset_before"),
+    "RNN_TANH": Options(cell="rnn"),
+    "RNN_RELU": Options(cell="rnn", activation="relu"),
+}
+
+_SCALAR_TYPES = {
+    torch.float32: "Float",
+    torch.float64: "Double",
+    torch.float16: "Half",
+    torch.bfloat16: "BFloat16",
+    torch.int64: "Long",
+    torch.int32: "Int",
+    torch.bool: "Bool",
+}
+
+
+def scalar_type(dtype: torch.dtype) -> str:
+    """Returns the name that ATen's error texts give a dtype."""
+    return _SCALAR_TYPES.get(dtype, str(dtype).removeprefix("torch."))
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """Where the rows of a PackedSequence stand in a padded one, whose columns are in the caller's order."""
+
+    steps: int
+    batch: int
+    rows: Tensor  # [N]: the index into [T * B] of each packed row.
+    lengths: Tensor  # [B]
+
+    @classmethod
+    def of(cls, packed: PackedSequence) -> _Packing:
+        """Reads off the layout; B counts rows of length zero if ``sorted_indices`` names them."""
+        data, sizes, order, inverse = packed
+        batch = int(sizes[0]) if order is None else order.numel()
+        alive = torch.arange(batch) < sizes.unsqueeze(1)  # [T, B], columns in the order of falling length
+        step, column = (index.to(data.device) for index in alive.nonzero(as_tuple=True))
+        if step.numel() != data.size(0) or bool((sizes[1:] > sizes[:-1]).any()):
+            raise RuntimeError(
+                f"batch_sizes must not increase and must add up to the {data.size(0)} rows of data, "
+                f"got {sizes.tolist()}"
+            )
+        lengths = alive.sum(0).to(data.device)
+        if order is not None and inverse is not None:
+            column, lengths = order[column], lengths[inverse]
+        return cls(sizes.numel(), batch, step * batch + column, lengths)
+
+    def pad(self, data: Tensor) -> Tensor:
+        """Turns [N, F] into [T, B, F], zero where there is no row."""
+        padded = data.new_zeros(self.steps * self.batch, data.size(1)).index_copy(0, self.rows, data)
+        return padded.view(self.steps, self.batch, data.size(1))
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """Turns [T, B, F] into [N, F]."""
+        return padded.flatten(0, 1).index_select(0, self.rows)
+
+
+class Layer(nn.RNNBase):
+    """What the three layers share: everything but the form of the state and the gates' options.
+
+    The weights are read by name at every call, so replaced, reparametrized and computed ones are always seen
+    (``functional_call``, ``parametrize``, ``weight_norm``, weight drop); ``_flat_weights`` is read likewise.
+    """
+
+    @property
+    def _flat_weights(self) -> list[Any]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: object) -> None:
+        """Ignores what ``torch.nn.RNNBase`` would cache."""
+
+    def _init_flat_weights(self) -> None:
+        self._flat_weight_refs = []
+
+    def _update_flat_weights(self) -> None:
+        pass
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: no kernel needs the weights in one block of memory."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.__dict__.pop("_flat_weights", None)  # Of a torch.nn layer.
+        self._init_flat_weights()
+
+    def _options(self) -> Options:
+        return OPTIONS[self.mode]
+
+    def _states(self, hx: Any) -> tuple[Tensor, ...]:
+        """Returns the initial states as a tuple, empty if there are none."""
+        return () if hx is None else (hx,)
+
+    def _hidden(self, states: Sequence[Tensor]) -> Any:
+        """Returns states in the form that the caller has."""
+        return states[0]
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Any, Any]:
+        """Runs the layers over a sequence.
+
+        Args:
+            input: [T, B, I], [B, T, I] if ``batch_first``, [T, I] without a batch, or a PackedSequence. The
+                dtype of the weights: float32, float64, bfloat16 or float16.
+            hx: The initial state, zeros by default: h [L*D, B, R], for an LSTM ``(h, c)`` with c
+                [L*D, B, H]; without B for an unbatched input.
+            lengths: How many steps of each row count, [B] integers in 0..T in any order; None for all. The
+                rest is not read: outputs there are zero, and the final state is that of the last step that
+                counts. For a batched tensor only.
+            resets: Where to forget, [T, B] bool, [B, T] if ``batch_first`` and [T] without a batch; for a
+                PackedSequence [T, B] in the caller's order of rows. No state crosses from step t-1 to a
+                marked step t, in either direction. None for nowhere.
+
+        Returns:
+            ``(output, hx)``: [T, B, D*R] in the layout of ``input``, and the final state, formed as ``hx``.
+
+        Raises:
+            ValueError: If the rank or dtype of ``input`` does not fit, as in ``torch.nn``, or ``lengths`` or
+                ``resets`` do not.
+            RuntimeError: Where ``torch.nn`` raises it: if a size, or another rank, dtype or device does not
+                fit, or if T is 0.
+        """
+        if isinstance(input, PackedSequence):
+            if lengths is not None:
+                raise ValueError(f"{self._options().cell}: lengths must be None with a PackedSequence")
+            return self._forward_packed(input, hx, resets)
+        rank = input.dim()
+        if rank not in (2, 3):
+            name, noun = ("RNN", " tensor") if self.mode.startswith("RNN") else (self.mode, "")
+            raise ValueError(f"{name}: Expected input to be 2D or 3D, got {rank}D{noun} instead")
+        batched = rank == 3
+        states = self._states(hx)
+        x = input
+        if states:
+            self._check_ranks(states, rank)
+        if not batched:
+            x = input.unsqueeze(0 if self.batch_first else 1)
+            states = tuple(state.unsqueeze(1) for state in states)
+        if states:
+            self.check_forward_args(x, self._hidden(states), None)
+        else:
+            self.check_input(x, None)
+        if lengths is not None:
+            lengths = self._check_lengths(lengths, input)
+        if resets is not None:
+            resets = self._check_resets(resets, input)
+        if self.batch_first:
+            x = x.transpose(0, 1)
+        y, states = self._run(x, states, lengths, resets, None)
+        if not batched:
+            return y.squeeze(1), self._hidden([state.squeeze(1) for state in states])
+        return y.transpose(0, 1) if self.batch_first else y, self._hidden(states)
+
+    def _forward_packed(
+        self, packed: PackedSequence, hx: Any, resets: Tensor | None
+    ) -> tuple[PackedSequence, Any]:
+        data, sizes, order, inverse = packed
+        batch = int(sizes[0]) if order is None else order.numel()
+        states = self._states(hx)
+        if states:
+            # torch.nn takes the rows that sorted_indices names from whatever it is given.
+            if order is not None and any(state.dim() != 3 or state.size(1) != batch for state in states):
+                states = tuple(state.index_select(1, order)[:, inverse] for state in states)
+            self.check_forward_args(data, self._hidden(states), sizes.new_tensor([batch]))
+        else:
+            self.check_input(data, sizes)
+        packing = _Packing.of(packed)
+        y, states = self._run(packing.pad(data), states, packing.lengths, resets, packing)
+        return PackedSequence(packing.unpad(y), sizes, order, inverse), self._hidden(states)
+
+    def _run(
+        self,
+        x: Tensor,
+        states: Sequence[Tensor],
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        packing: _Packing | None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Runs all layers on x [T, B, I]; returns the last one's output [T, B, D*R] and all final states."""
+        options = self._options()
+        directions = 2 if self.bidirectional else 1
+        finals = []
+        for layer in range(self.num_layers):
+            if layer and self.training and self.dropout != 0:
+                x = self._drop(x, packing)
+            rows = slice(layer * directions, (layer + 1) * directions)
+            first = states if self.num_layers == 1 else [state[rows] for state in states]
+            h0, c0 = (*first, None, None)[:2]
+            names = zip(*self._all_weights[rows], strict=True)
+            w_ih, w_hh, *rest = [[getattr(self, name) for name in both] for both in names]
+            b_ih, b_hh = rest[:2] if self.bias else ([], [])
+            w_hr = rest[-1] if self.proj_size > 0 else []
+            a = Arguments(x, w_ih, w_hh, b_ih, b_hh, w_hr, [], [], [], h0, c0, lengths, resets)
+            try:
+                x, _, h_n, c_n = ops.layer(a, options)
+            except ValueError:
+                problem = _torch_problem(a)
+                if problem is None:
+                    raise
+                raise RuntimeError(problem) from None
+            finals.append((h_n, c_n) if self.mode == "LSTM" else (h_n,))
+        if self.num_layers == 1:
+            return x, finals[0]
+        return x, tuple(torch.cat(final) for final in zip(*finals, strict=True))
+
+    def _drop(self, x: Tensor, packing: _Packing | None) -> Tensor:
+        if packing is None:
+            return torch.dropout(x, self.dropout, True)
+        # Draws for the packed rows only, as torch.nn does, so that a seed gives the same masks.
+        return packing.pad(torch.dropout(packing.unpad(x), self.dropout, True))
+
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        """Raises what ``torch.nn`` raises for an input of wrong rank, size or dtype."""
+        weight = getattr(self, self._flat_weights_names[0])
+        rank = 3 if batch_sizes is None else 2
+        if input.dtype != weight.dtype or input.dim() != rank or input.size(-1) != self.input_size:
+            super().check_input(input, batch_sizes)
+
+    def _check_ranks(self, states: Sequence[Tensor], rank: int) -> None:
+        ranks = [state.dim() for state in states]
+        if all(r == rank for r in ranks):
+            return
+        kind = "batched" if rank == 3 else "unbatched"
+        names, got = "hx", f"{ranks[0]}-D tensor"
+        if len(ranks) == 2:
+            names, got = "hx and cx", f"({ranks[0]}-D, {ranks[1]}-D) tensors"
+        raise RuntimeError(f"For {kind} {rank}-D input, {names} should also be {rank}-D but got {got}")
+
+    def _check_lengths(self, lengths: Tensor | Sequence[int], input: Tensor) -> Tensor:
+        """Returns lengths as a tensor; its size and values are checked in ``ops``."""
+        if input.dim() != 3:
+            raise ValueError(
+                f"{self._options().cell}: lengths must come with a batched input, got {list(input.shape)}"
+            )
+        if isinstance(lengths, Tensor):
+            return lengths
+        return torch.tensor(lengths, dtype=None if len(lengths) else torch.int64)
+
+    def _check_resets(self, resets: Tensor, input: Tensor) -> Tensor:
+        """Returns resets as [T, B]; the dtype is checked in ``ops``."""
+        name, shape = self._options().cell, input.shape[:-1]
+        if not isinstance(resets, Tensor):
+            raise TypeError(f"{name}: resets must be a tensor, got {type(resets).__name__}")
+        if resets.shape != shape:
+            form = "[T]" if len(shape) == 1 else "[B, T]" if self.batch_first else "[T, B]"
+            raise ValueError(f"{name}: resets must be {form} = {list(shape)}, got {list(resets.shape)}")
+        if input.dim() == 2:
+            return resets.unsqueeze(1)
+        return resets.transpose(0, 1) if self.batch_first else resets
+
+
+def _torch_problem(a: Arguments) -> str | None:
+    """Returns ATen's text for the mistakes that it finds in these arguments, None if it would run them."""
+    if a.x.size(0) == 0:
+        return "Expected sequence length to be larger than 0 in RNN"
+    hidden = [("hidden", state) for state in (a.h0, a.c0) if state is not None]
+    weights = (a.weight_ih, a.weight_hh, a.bias_ih, a.bias_hh, a.weight_hr)
+    for kind, tensor in [*hidden, *(("parameter", weight) for both in weights for weight in both)]:
+        if tensor.device != a.x.device:
+            found = f"found input tensor at {a.x.device} and {kind} tensor at {tensor.device}"
+            return f"Input and {kind} tensors are not at the same device, {found}"
+        if tensor.dtype != a.x.dtype and not torch._C._is_any_autocast_enabled():
+            types = scalar_type(a.x.dtype), scalar_type(tensor.dtype)
+            found = f"found input tensor with {types[0]} and {kind} tensor with {types[1]}"
+            return f"Input and {kind} tensors are not the same dtype, {found}"
+    return None
+
+
+_dynamo.allow(Layer)

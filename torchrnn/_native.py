@@ -1,0 +1,109 @@
+"""Loads the compiled kernels and tells what is loaded.
+
+Environment, read once at import: ``TORCHRNN_PURE=1`` leaves the kernels unloaded; ``TORCHRNN_ISA`` (generic, avx2 or
+avx512) forces the instruction set of the CPU kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+ISAS = ("generic", "avx2", "avx512")
+"""In the order of ``enum class Isa`` in ``csrc/cpu/kernels.h``, weakest first."""
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""What every path computes with."""
+
+
+def _load() -> str | None:
+    """Loads ``_C``; returns None, or the reason why it is not there."""
+    if os.environ.get("TORCHRNN_PURE", "0") not in ("", "0"):
+        return "TORCHRNN_PURE is set"
+    try:
+        importlib.import_module("torchrnn._C")
+    except ImportError as error:  # Not built, built for another platform, or its symbols do not resolve.
+        warnings.warn(
+            f"torchrnn runs on its pure-torch reference, which is slow: the kernels are not loaded ({error}). "
+            "torchrnn.info() tells more.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether ops on this device run compiled kernels, not the reference."""
+    return WHY_NOT is None and device.type == "cpu"
+
+
+def isa() -> str | None:
+    """Returns the instruction set in use, or None without kernels."""
+    return ISAS[torch.ops.torchrnn.isa()] if WHY_NOT is None else None
+
+
+def isas() -> list[str]:
+    """Returns the instruction sets that this build and machine can run, weakest first."""
+    if WHY_NOT is not None:
+        return []
+    return [name for code, name in enumerate(ISAS) if torch.ops.torchrnn.isa_supported(code)]
+
+
+def set_isa(name: str) -> None:
+    """Makes the CPU kernels use one instruction set, for the whole process.
+
+    Raises:
+        ValueError: If the name is not known or the machine cannot run it.
+    """
+    if name not in isas():
+        raise ValueError(f"isa must be one of {', '.join(isas()) or '(no kernels are loaded)'}, got {name!r}")
+    torch.ops.torchrnn.set_isa(ISAS.index(name))
+
+
+@contextlib.contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Makes the CPU kernels use one instruction set inside a ``with`` block; not for several threads."""
+    before = isa()
+    set_isa(name)
+    try:
+        yield
+    finally:
+        assert before is not None
+        set_isa(before)
+
+
+def info() -> dict[str, Any]:
+    """Returns what is loaded, as a dict made for reading.
+
+    Returns:
+        ``version``, ``torch``, ``kernels`` (devices with compiled kernels), ``why_not`` (the reason if there are
+        none), ``isa`` (instruction set in use), ``isas`` (those this machine can run), ``dtypes`` and ``threads``.
+    """
+    return {
+        "version": importlib.metadata.version("torchrnn"),
+        "torch": torch.__version__,
+        "kernels": [] if WHY_NOT else ["cpu"],
+        "why_not": WHY_NOT,
+        "isa": isa(),
+        "isas": isas(),
+        "dtypes": [str(dtype).removeprefix("torch.") for dtype in DTYPES],
+        "threads": torch.get_num_threads(),
+    }
+
+
+WHY_NOT = _load()
+"""Why the compiled kernels are not loaded, or None if they are."""
+
+if WHY_NOT is None and os.environ.get("TORCHRNN_ISA"):
+    try:
+        set_isa(os.environ["TORCHRNN_ISA"])
+    except ValueError as error:
+        raise ValueError(f"TORCHRNN_ISA: {error}") from None

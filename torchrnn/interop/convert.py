@@ -1,0 +1,98 @@
+"""``convert``: swaps the recurrent layers of a model between ``torch.nn`` and ``torchrnn``."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from torchrnn._layer import Layer
+from torchrnn.cells import Cell, GRUCell, LSTMCell, RNNCell
+from torchrnn.layers import GRU, LSTM, RNN
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+_OURS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.LSTM: LSTM,
+    nn.GRU: GRU,
+    nn.RNN: RNN,
+    nn.LSTMCell: LSTMCell,
+    nn.GRUCell: GRUCell,
+    nn.RNNCell: RNNCell,
+}
+_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+
+
+def convert(model: _Model, to: str = "torchrnn") -> _Model:
+    """Swaps every recurrent layer and cell of a model for its counterpart, in place, and returns the model.
+
+    A converted module stays the same object with the same parameters, buffers, hooks and training mode: only
+    its class changes, so whatever refers to it (an optimizer, a second parent) goes on working. Parametrized
+    modules are converted too.
+
+    A module of a class derived from a layer or cell is left alone, since it may rely on its base, and so is a
+    module with a ``forward`` set on the instance; one warning names them all. ScriptModules are left alone.
+
+    Args:
+        model: Any module, also a layer or cell itself.
+        to: ``"torchrnn"``, or ``"torch"`` for the way back, which forgets ``forget_bias``.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: If ``model`` is not a module.
+        ValueError: If ``to`` is neither, or ``torch.nn`` cannot express a module; nothing is changed then.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LSTM(8, 16))
+        >>> torchrnn.convert(model)
+        Sequential(
+          (0): Linear(in_features=8, out_features=8, bias=True)
+          (1): LSTM(8, 16)
+        )
+        >>> type(model[1])
+        <class 'torchrnn.layers.LSTM'>
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
+    if to not in ("torchrnn", "torch"):
+        raise ValueError(f"convert: to must be 'torchrnn' or 'torch', got {to!r}")
+    targets = _OURS if to == "torchrnn" else _THEIRS
+    swaps, left = [], []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        plain = parametrize.type_before_parametrizations(module)
+        if plain in targets and "forward" not in module.__dict__:
+            swaps.append((name, module, targets[plain]))
+        elif isinstance(module, tuple(targets)) and (to == "torch" or not isinstance(module, Layer | Cell)):
+            left.append(f"{name or '(root)'} ({plain.__module__}.{plain.__qualname__})")
+    for name, module, _ in swaps:
+        if to == "torch" and not getattr(module, "reset_after", True):
+            raise ValueError(f"convert: torch.nn cannot express reset_after=False, as {name or '(root)'} has")
+    for _, module, target in swaps:
+        _swap(module, target)
+    if left:
+        warnings.warn(
+            f"convert leaves alone what may not behave as its base class: {', '.join(left)}",
+            UserWarning,
+            stacklevel=2,
+        )
+    return model
+
+
+def _swap(module: nn.Module, target: type[nn.Module]) -> None:
+    if parametrize.is_parametrized(module):
+        # parametrize gives each module a class of its own, with the properties that compute its tensors.
+        own = {key: value for key, value in vars(type(module)).items() if key != "__weakref__"}
+        target = type(type(module).__name__, (target,), own)
+    module.__class__ = target
+    # What only one of the two sides knows.
+    for key in ("_flat_weights", "forget_bias", "reset_after"):
+        module.__dict__.pop(key, None)
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
