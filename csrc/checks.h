@@ -1,5 +1,5 @@
-// Invariants of the ops files. Users' mistakes are refused in torchrnn/ops.py, with better words; what fails here
-// called the op directly and wrongly.
+// Invariants of the ops files. Users' mistakes are refused in torchrnn/ops.py, with better words; what fails
+// here called the op directly and wrongly.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -10,7 +10,8 @@
 
 namespace torchrnn {
 
-inline void check_shape(const char* name, const torch::stable::Tensor& tensor, std::initializer_list<int64_t> shape) {
+inline void check_shape(const char* name, const torch::stable::Tensor& tensor,
+                        std::initializer_list<int64_t> shape) {
   bool same = tensor.dim() == int64_t(shape.size());
   int64_t i = 0;
   for (const int64_t size : shape) same = same && tensor.size(i++) == size;

@@ -1,8 +1,8 @@
 // Plain structs between the ops files, which know torch, and the kernels, which know pointers. CPU and CUDA.
 //
 // T steps, B batch rows, D directions, I inputs, H hidden units, G gates of the cell, P projected outputs,
-// R = P if there is a projection, else H. Strides are in elements; the last dimension of every array has stride 1.
-// A null pointer means absent unless said otherwise.
+// R = P if there is a projection, else H. Strides are in elements; the last dimension of every array has
+// stride 1. A null pointer means absent unless said otherwise.
 #pragma once
 
 #include <cstdint>
@@ -33,8 +33,8 @@ struct LayerParams {
   Cell cell;
   Activation activation;
   int64_t steps, batch, inputs, hidden, outputs, directions;  // T, B, I, H, R, D
-  bool reverse;                                               // direction 0 runs backwards; direction 1 always does
-  bool projected;                                             // weight_hr is there
+  bool reverse;    // direction 0 runs backwards; direction 1 always does
+  bool projected;  // weight_hr is there
 
   const T* x;  // [T, B, I]
   int64_t x_stride_t, x_stride_b;
@@ -45,11 +45,11 @@ struct LayerParams {
   const bool* resets;      // [T, B], contiguous: no state crosses from step t-1 to t
 
   // No kernel serves these yet; ops.py sends a call that has one to the reference.
-  const T* mask_h;      // [D, mask_steps, B, R]
-  const T* mask_c;      // [D, mask_steps, B, H]
-  const T* zoneout_h;   // [D, mask_steps, B, R]
-  const T* zoneout_c;   // [D, mask_steps, B, H]
-  int64_t mask_steps;   // T, or 1 for a mask that all steps share
+  const T* mask_h;         // [D, mask_steps, B, R]
+  const T* mask_c;         // [D, mask_steps, B, H]
+  const T* zoneout_h;      // [D, mask_steps, B, R]
+  const T* zoneout_c;      // [D, mask_steps, B, H]
+  int64_t mask_steps;      // T, or 1 for a mask that all steps share
   T cell_clip, proj_clip;  // infinity is no bound
   T norm_eps;
 

@@ -165,10 +165,7 @@ class Layer(nn.RNNBase):
         if not batched:
             x = input.unsqueeze(0 if self.batch_first else 1)
             states = tuple(state.unsqueeze(1) for state in states)
-        if states:
-            self.check_forward_args(x, self._hidden(states), None)
-        else:
-            self.check_input(x, None)
+        self._check_args(x, states, None, x.size(0 if self.batch_first else 1))
         if lengths is not None:
             lengths = self._check_lengths(lengths, input)
         if resets is not None:
@@ -186,13 +183,10 @@ class Layer(nn.RNNBase):
         data, sizes, order, inverse = packed
         batch = int(sizes[0]) if order is None else order.numel()
         states = self._states(hx)
-        if states:
+        if order is not None and any(state.dim() != 3 or state.size(1) != batch for state in states):
             # torch.nn takes the rows that sorted_indices names from whatever it is given.
-            if order is not None and any(state.dim() != 3 or state.size(1) != batch for state in states):
-                states = tuple(state.index_select(1, order)[:, inverse] for state in states)
-            self.check_forward_args(data, self._hidden(states), sizes.new_tensor([batch]))
-        else:
-            self.check_input(data, sizes)
+            states = tuple(state.index_select(1, order)[:, inverse] for state in states)
+        self._check_args(data, states, sizes, batch)
         packing = _Packing.of(packed)
         y, states = self._run(packing.pad(data), states, packing.lengths, resets, packing)
         return PackedSequence(packing.unpad(y), sizes, order, inverse), self._hidden(states)
@@ -245,6 +239,18 @@ class Layer(nn.RNNBase):
         if input.dtype != weight.dtype or input.dim() != rank or input.size(-1) != self.input_size:
             super().check_input(input, batch_sizes)
 
+    def _check_args(
+        self, input: Tensor, states: Sequence[Tensor], batch_sizes: Tensor | None, batch: int
+    ) -> None:
+        """Raises what ``torch.nn`` raises for input and states; its own slower checks find the words."""
+        self.check_input(input, batch_sizes)
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        outputs = self.proj_size or self.hidden_size
+        for state, size in zip(states, (outputs, self.hidden_size), strict=False):
+            if state.shape != (rows, batch, size):
+                sizes = None if batch_sizes is None else batch_sizes.new_tensor([batch])
+                self.check_forward_args(input, self._hidden(states), sizes)
+
     def _check_ranks(self, states: Sequence[Tensor], rank: int) -> None:
         ranks = [state.dim() for state in states]
         if all(r == rank for r in ranks):
@@ -271,8 +277,11 @@ class Layer(nn.RNNBase):
         if not isinstance(resets, Tensor):
             raise TypeError(f"{name}: resets must be a tensor, got {type(resets).__name__}")
         if resets.shape != shape:
-            form = "[T]" if len(shape) == 1 else "[B, T]" if self.batch_first else "[T, B]"
-            raise ValueError(f"{name}: resets must be {form} = {list(shape)}, got {list(resets.shape)}")
+            letters = "T" if len(shape) == 1 else "BT" if self.batch_first else "TB"
+            sizes = ", ".join(f"{letter}={size}" for letter, size in zip(letters, shape, strict=True))
+            raise ValueError(
+                f"{name}: resets must be [{', '.join(letters)}] with {sizes}, got {list(resets.shape)}"
+            )
         if input.dim() == 2:
             return resets.unsqueeze(1)
         return resets.transpose(0, 1) if self.batch_first else resets

@@ -1,7 +1,7 @@
 """Loads the compiled kernels and tells what is loaded.
 
-Environment, read once at import: ``TORCHRNN_PURE=1`` leaves the kernels unloaded; ``TORCHRNN_ISA`` (generic, avx2 or
-avx512) forces the instruction set of the CPU kernels.
+Environment, read once at import: ``TORCHRNN_PURE=1`` leaves the kernels unloaded; ``TORCHRNN_ISA`` (generic,
+avx2 or avx512) forces the instruction set of the CPU kernels.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def _load() -> str | None:
         importlib.import_module("torchrnn._C")
     except ImportError as error:  # Not built, built for another platform, or its symbols do not resolve.
         warnings.warn(
-            f"torchrnn runs on its pure-torch reference, which is slow: the kernels are not loaded ({error}). "
-            "torchrnn.info() tells more.",
+            "torchrnn runs on its pure-torch reference, which is slow: the kernels are not loaded "
+            f"({error}). torchrnn.info() tells more.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -84,8 +84,9 @@ def info() -> dict[str, Any]:
     """Returns what is loaded, as a dict made for reading.
 
     Returns:
-        ``version``, ``torch``, ``kernels`` (devices with compiled kernels), ``why_not`` (the reason if there are
-        none), ``isa`` (instruction set in use), ``isas`` (those this machine can run), ``dtypes`` and ``threads``.
+        ``version``, ``torch``, ``kernels`` (devices with compiled kernels), ``why_not`` (the reason if there
+        are none), ``isa`` (instruction set in use), ``isas`` (those this machine can run), ``dtypes`` and
+        ``threads``.
     """
     return {
         "version": importlib.metadata.version("torchrnn"),

@@ -1,8 +1,8 @@
 """The boundary: schemas, argument errors, fake kernels, gradients and the fallback of every op.
 
-One family of ops serves all cells: ``layer`` for training (returns a tape), ``layer_infer``, and ``layer_backward``,
-which is itself differentiable. C++ registers the kernels of a device and nothing else; a device without kernels gets
-the reference. Letters and argument shapes are those of ``reference.py``.
+One family of ops serves all cells: ``layer`` for training (returns a tape), ``layer_infer``, and
+``layer_backward``, which is itself differentiable. C++ registers the kernels of a device and nothing else; a
+device without kernels gets the reference. Letters and argument shapes are those of ``reference.py``.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from torchrnn import _native, reference
+from torchrnn.checks import check, transformed
 from torchrnn.options import ACTIVATIONS, CELLS, Options
 from torchrnn.reference import Arguments
 
 _TENSORS = (
-    "Tensor x, Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, Tensor[] bias_hh, Tensor[] weight_hr, "
-    "Tensor[] peephole, Tensor[] norm_gain, Tensor[] norm_shift, Tensor? h0, Tensor? c0, Tensor? lengths, "
-    "Tensor? resets, Tensor? mask_h, Tensor? mask_c, Tensor? zoneout_h, Tensor? zoneout_c"
+    "Tensor x, Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, Tensor[] bias_hh, "
+    "Tensor[] weight_hr, Tensor[] peephole, Tensor[] norm_gain, Tensor[] norm_shift, "
+    "Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? resets, "
+    "Tensor? mask_h, Tensor? mask_c, Tensor? zoneout_h, Tensor? zoneout_c"
 )
 # Cell and activation are codes: a str argument would cost an allocation that torch's stable ABI never frees.
 _OPTIONS = "int cell, int activation, float? cell_clip, float? proj_clip, float norm_eps, bool reverse"
@@ -31,10 +33,12 @@ _LIBRARY.define(
     "-> (Tensor y, Tensor c_all, Tensor h_n, Tensor c_n, Tensor tape)"
 )
 _LIBRARY.define(
-    f"layer_infer({_TENSORS}, {_OPTIONS}, bool all_states) -> (Tensor y, Tensor c_all, Tensor h_n, Tensor c_n)"
+    f"layer_infer({_TENSORS}, {_OPTIONS}, bool all_states) "
+    "-> (Tensor y, Tensor c_all, Tensor h_n, Tensor c_n)"
 )
-# Gradients come back as dx, dh0, dc0 and then those of weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole,
-# norm_gain and norm_shift, each with one entry per direction if the argument had. What need_* excludes is empty.
+# Gradients come back as dx, dh0, dc0 and then those of weight_ih, weight_hh, bias_ih, bias_hh, weight_hr,
+# peephole, norm_gain and norm_shift, each with one entry per direction if the argument had. What need_*
+# excludes is empty.
 _LIBRARY.define(
     f"layer_backward(Tensor? dy, Tensor? dc_all, Tensor? dh_n, Tensor? dc_n, {_TENSORS}, {_OPTIONS}, "
     "Tensor y, Tensor tape, bool need_dx, bool need_dstate, bool need_dweights) "
@@ -47,28 +51,28 @@ _TENSOR_COUNT = len(Arguments._fields)
 _LISTS = slice(1, 9)  # The list arguments, whose gradients layer_backward returns as dweights.
 
 
-def layer(
-    a: Arguments, options: Options, all_states: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def layer(a: Arguments, options: Options, all_states: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Runs one recurrent layer over a sequence, all its directions in one call.
 
     Args:
-        a: The tensors; shapes are given at ``reference.Arguments``. All floating ones share one dtype (float32,
-            float64, bfloat16 or float16) and device; any strides.
+        a: The tensors; shapes are given at ``reference.Arguments``. All floating ones share one dtype
+            (float32, float64, bfloat16 or float16) and device; any strides.
         options: The cell and its variations.
         all_states: Whether to return the c of every step.
 
     Returns:
-        ``(y, c_all, h_n, c_n)`` with shapes [T, B, D*R], [T, B, D*H], [D, B, R], [D, B, H]. Outputs past a row's
-        length are zero. ``c_all`` is empty if not wanted, ``c_n`` if the cell has no memory. A state given as None
-        is zeros.
+        ``(y, c_all, h_n, c_n)`` with shapes [T, B, D*R], [T, B, D*H], [D, B, R], [D, B, H]. Outputs past a
+        row's length are zero. ``c_all`` is empty if not wanted, ``c_n`` if the cell has no memory. A state
+        given as None is zeros.
 
     Raises:
         ValueError: If a shape, dtype, device, length or combination does not hold.
         TypeError: If an argument is not a tensor where one is required.
     """
     a = _autocast(a)
-    _check(a, options)
+    check(a, options)
+    if a.lengths is not None and a.lengths.device != a.x.device:
+        a = a._replace(lengths=a.lengths.to(a.x.device))
     if _reference_only(a, options):
         return reference.layer(a, options, all_states)
     flat = (
@@ -89,7 +93,7 @@ def layer(
 
 
 def _reference_only(a: Arguments, options: Options) -> bool:
-    """Whether no kernel serves the call: an unserved variation, or a transform that ops cannot take part in."""
+    """Whether no kernel serves the call: an unserved variation, or a transform that the ops do not know."""
     return bool(
         a.peephole
         or a.norm_gain
@@ -100,15 +104,8 @@ def _reference_only(a: Arguments, options: Options) -> bool:
         or options.cell_clip is not None
         or options.proj_clip is not None
         or options.activation not in (("tanh", "relu") if options.cell == "rnn" else ("tanh",))
-        or _transformed(a.x)
+        or transformed()
     )
-
-
-def _transformed(x: Tensor) -> bool:
-    """Whether a functorch transform (vmap, jvp, grad ...) or forward-mode differentiation is active."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def _requires_grad(a: Arguments) -> bool:
@@ -135,114 +132,17 @@ def _autocast(a: Arguments) -> Arguments:
             return value.to(dtype) if value.is_floating_point() and value.dtype != torch.float64 else value
         return value if value is None else [cast(tensor) for tensor in value]
 
-    return Arguments(*map(cast, a))
+    return Arguments._make(map(cast, a))
 
 
-# Argument errors ------------------------------------------------------------------------------------------------
-
-
-def _check(a: Arguments, options: Options) -> None:
-    """Raises for what no path can run, naming op, argument, what was required and what was given."""
-    name, cell = options.cell, CELLS[options.cell]
-    x = a.x
-    if x.dim() != 3:
-        raise ValueError(f"{name}: x must be [T, B, I], got {list(x.shape)}")
-    steps, batch, inputs = x.shape
-    if steps < 1:
-        raise ValueError(f"{name}: x must have at least 1 step, got {list(x.shape)}")
-    if x.dtype not in _native.DTYPES:
-        raise ValueError(f"{name}: x must be float32, float64, bfloat16 or float16, got {x.dtype}")
-    directions = len(a.weight_hh)
-    if directions not in (1, 2):
-        raise ValueError(f"{name}: weight_hh must have 1 or 2 entries, one per direction, got {directions}")
-    if a.weight_hh[0].dim() != 2:
-        raise ValueError(f"{name}: weight_hh must be [{cell.gates}H, R], got {list(a.weight_hh[0].shape)}")
-    rows, outputs = a.weight_hh[0].shape
-    hidden = rows // cell.gates
-    sizes = f"with T={steps}, B={batch}, I={inputs}, H={hidden}, R={outputs}, D={directions}"
-
-    def need(field: str, value: Tensor | None, form: str, *shapes: tuple[int, ...]) -> None:
-        if value is None:
-            return
-        if value.shape not in shapes:
-            raise ValueError(f"{name}: {field} must be {form} {sizes}, got {list(value.shape)}")
-        if value.dtype != x.dtype:
-            raise ValueError(f"{name}: {field} must have x's dtype {x.dtype}, got {value.dtype}")
-        if value.device != x.device:
-            raise ValueError(f"{name}: {field} must be on x's device {x.device}, got {value.device}")
-
-    def need_list(field: str, values: Sequence[Tensor], form: str, shape: tuple[int, ...], optional: bool = True) -> None:
-        if not values and optional:
-            return
-        if len(values) != directions:
-            raise ValueError(f"{name}: {field} must have {directions} entries, one per direction, got {len(values)}")
-        for value in values:
-            need(field, value, form, shape)
-
-    gates = cell.gates
-    prefix = "" if gates == 1 else str(gates)
-    need_list("weight_hh", a.weight_hh, f"[{prefix}H, R]", (gates * hidden, outputs), optional=False)
-    need_list("weight_ih", a.weight_ih, f"[{prefix}H, I]", (gates * hidden, inputs), optional=False)
-    need_list("bias_ih", a.bias_ih, f"[{prefix}H]", (gates * hidden,))
-    need_list("bias_hh", a.bias_hh, f"[{prefix}H]", (gates * hidden,))
-    if bool(a.bias_ih) != bool(a.bias_hh):
-        raise ValueError(f"{name}: bias_ih and bias_hh must both be given or both be absent")
-    if a.weight_hr and not cell.memory:
-        raise ValueError(f"{name}: weight_hr applies to cell lstm only")
-    if not a.weight_hr and outputs != hidden:
-        raise ValueError(f"{name}: weight_hh must be [{prefix}H, H] with H={hidden}, got {[rows, outputs]}")
-    need_list("weight_hr", a.weight_hr, "[R, H]", (outputs, hidden))
-    if options.proj_clip is not None and not a.weight_hr:
-        raise ValueError(f"{name}: proj_clip must come with weight_hr")
-    for field in ("peephole", "norm_gain", "norm_shift"):
-        if getattr(a, field) and not cell.memory:
-            raise ValueError(f"{name}: {field} applies to cell lstm only")
-    need_list("peephole", a.peephole, "[3, H]", (3, hidden))
-    need_list("norm_gain", a.norm_gain, "[5, H]", (5, hidden))
-    need_list("norm_shift", a.norm_shift, "[5, H]", (5, hidden))
-    if bool(a.norm_gain) != bool(a.norm_shift):
-        raise ValueError(f"{name}: norm_gain and norm_shift must both be given or both be absent")
-
-    for field in ("c0", "mask_c", "zoneout_c"):
-        if getattr(a, field) is not None and not cell.memory:
-            raise ValueError(f"{name}: {field} applies to cell lstm only")
-    need("h0", a.h0, "[D, B, R]", (directions, batch, outputs))
-    need("c0", a.c0, "[D, B, H]", (directions, batch, hidden))
-    for field, size in (("mask_h", outputs), ("zoneout_h", outputs), ("mask_c", hidden), ("zoneout_c", hidden)):
-        shapes = ((directions, steps, batch, size), (directions, 1, batch, size))
-        need(field, getattr(a, field), f"[D, T or 1, B, {'R' if field.endswith('h') else 'H'}]", *shapes)
-
-    if a.lengths is not None:
-        _check_lengths(name, a.lengths, steps, batch)
-    if a.resets is not None:
-        if a.resets.shape != (steps, batch):
-            raise ValueError(f"{name}: resets must be [T, B] = {[steps, batch]}, got {list(a.resets.shape)}")
-        if a.resets.dtype != torch.bool:
-            raise ValueError(f"{name}: resets must be bool, got {a.resets.dtype}")
-        if a.resets.device != x.device:
-            raise ValueError(f"{name}: resets must be on x's device {x.device}, got {a.resets.device}")
-
-
-def _check_lengths(name: str, lengths: Tensor, steps: int, batch: int) -> None:
-    if lengths.shape != (batch,):
-        raise ValueError(f"{name}: lengths must be [B] = {[batch]}, got {list(lengths.shape)}")
-    if lengths.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"{name}: lengths must be int64 or int32, got {lengths.dtype}")
-    # Values on an accelerator are not looked at: that would stop the host until the device has caught up.
-    if lengths.device.type != "cpu" or torch.compiler.is_compiling() or _transformed(lengths) or batch == 0:
-        return
-    low, high = (int(bound) for bound in torch.aminmax(lengths))
-    if low < 0 or high > steps:
-        raise ValueError(f"{name}: lengths must be in 0..T={steps}, got {low}..{high}")
-
-
-# Fallback and fake kernels --------------------------------------------------------------------------------------
+# Fallback and fake kernels
+# --------------------------------------------------------------------------------------
 
 
 def _unflatten(args: tuple[Any, ...]) -> tuple[Arguments, Options]:
     """Turns tensors and options, as the schemas have them, back into objects."""
     cell, activation, cell_clip, proj_clip, norm_eps, reverse = args[_TENSOR_COUNT : _TENSOR_COUNT + 6]
-    a = Arguments(*args[:_TENSOR_COUNT])
+    a = Arguments._make(args[:_TENSOR_COUNT])
     return a, Options(
         _CELL_NAMES[cell], _ACTIVATION_NAMES[activation], cell_clip, proj_clip, norm_eps, reverse
     )
@@ -259,34 +159,38 @@ def _layer_reference(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _layer_backward_reference(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    douts, args, (need_dx, need_dstate, need_dweights) = args[:4], args[4:-5], args[-3:]
-    a, options = _unflatten(args)
-    variables, rebuild = _differentiable(a)
-    outputs, vjp = torch.func.vjp(lambda *v: reference.layer(rebuild(v), options, douts[1] is not None), *variables)
-    grads = rebuild(
-        vjp(tuple(torch.zeros_like(o) if d is None else d for o, d in zip(outputs, douts, strict=True)))
-    )
-    empty = a.x.new_empty(0)
+    douts = args[:4]
+    need_dx, need_dstate, need_dweights = args[-3:]
+    a, options = _unflatten(args[4:])
+    variables = _variables(a)
+
+    def forward(*values: Tensor) -> tuple[Tensor, ...]:
+        return reference.layer(_rebuild(a, values), options, douts[1] is not None)
+
+    outputs, vjp = torch.func.vjp(forward, *variables)[:2]
+    pairs = zip(outputs, douts, strict=True)
+    grads = _rebuild(a, vjp(tuple(torch.zeros_like(out) if d is None else d for out, d in pairs)))
     return (
-        grads.x if need_dx else empty,
-        grads.h0 if need_dstate and grads.h0 is not None else empty.clone(),
-        grads.c0 if need_dstate and grads.c0 is not None else empty.clone(),
-        [g for grad in grads[_LISTS] for g in grad] if need_dweights else [],
+        grads.x if need_dx else a.x.new_empty(0),
+        grads.h0 if need_dstate and grads.h0 is not None else a.x.new_empty(0),
+        grads.c0 if need_dstate and grads.c0 is not None else a.x.new_empty(0),
+        [grad for tensors in grads.lists for grad in tensors] if need_dweights else [],
     )
 
 
-def _differentiable(a: Arguments) -> tuple[list[Tensor], Any]:
-    """Returns the tensors that have a gradient, and a function that puts others into their places."""
-    variables = [a.x, *(t for tensors in a[_LISTS] for t in tensors), *(t for t in (a.h0, a.c0) if t is not None)]
+def _variables(a: Arguments) -> list[Tensor]:
+    """Returns the tensors that have a gradient."""
+    states = [state for state in (a.h0, a.c0) if state is not None]
+    return [a.x, *(tensor for tensors in a.lists for tensor in tensors), *states]
 
-    def rebuild(values: Sequence[Tensor]) -> Arguments:
-        it = iter(values)
-        x = next(it)
-        lists = [[next(it) for _ in tensors] for tensors in a[_LISTS]]
-        states = [None if state is None else next(it) for state in (a.h0, a.c0)]
-        return Arguments(x, *lists, *states, *a[11:])
 
-    return variables, rebuild
+def _rebuild(a: Arguments, values: Sequence[Any]) -> Arguments:
+    """Puts values into the places of the tensors that ``_variables`` returns."""
+    it = iter(values)
+    x = next(it)
+    lists = [[next(it) for _ in tensors] for tensors in a.lists]
+    states = [None if state is None else next(it) for state in (a.h0, a.c0)]
+    return Arguments._make([x, *lists, *states, *a[11:]])
 
 
 def _layer_infer_fake(*args: Any) -> tuple[Tensor, ...]:
@@ -317,13 +221,13 @@ def _layer_fake(*args: Any) -> tuple[Tensor, ...]:
 
 def _layer_backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     need_dx, need_dstate, need_dweights = args[-3:]
-    a = Arguments(*args[4 : 4 + _TENSOR_COUNT])
+    a = Arguments._make(args[4 : 4 + _TENSOR_COUNT])
     empty = a.x.new_empty
 
     def like(t: Tensor | None, needed: bool) -> Tensor:
         return t.new_empty(t.shape) if needed and t is not None else empty(0)
 
-    dweights = [t.new_empty(t.shape) for tensors in a[_LISTS] for t in tensors] if need_dweights else []
+    dweights = [t.new_empty(t.shape) for tensors in a.lists for t in tensors] if need_dweights else []
     return like(a.x, need_dx), like(a.h0, need_dstate), like(a.c0, need_dstate), dweights
 
 
@@ -344,7 +248,7 @@ torch.library.register_fake("torchrnn::layer_infer", _layer_infer_fake, lib=_LIB
 torch.library.register_fake("torchrnn::layer_backward", _layer_backward_fake, lib=_LIBRARY)
 
 
-# Gradients ------------------------------------------------------------------------------------------------------
+# Gradients ------------------------------------------------------------------------------------------------
 
 
 def _save(ctx: Any, tensors: Sequence[Any], rest: tuple[Any, ...]) -> None:
@@ -377,7 +281,17 @@ def _layer_grad(ctx: Any, dy: Any, dc_all: Any, dh_n: Any, dc_n: Any, _dtape: An
     need_dstate = any(needs[9:11])
     need_dweights = any(any(need) for need in needs[_LISTS])
     dx, dh0, dc0, flat = torch.ops.torchrnn.layer_backward(
-        dy, dc_all if all_states else None, dh_n, dc_n, *tensors, *options, y, tape, needs[0], need_dstate, need_dweights
+        dy,
+        dc_all if all_states else None,
+        dh_n,
+        dc_n,
+        *tensors,
+        *options,
+        y,
+        tape,
+        needs[0],
+        need_dstate,
+        need_dweights,
     )
     it = iter(flat)
     lists = [[next(it) if need_dweights else None for _ in tensors[i]] for i in range(1, 9)]
@@ -395,40 +309,47 @@ def _layer_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, 
 
 
 def _layer_backward_grad(ctx: Any, ddx: Any, ddh0: Any, ddc0: Any, ddweights: Any) -> tuple[Any, ...]:
-    """Differentiates the backward pass, through the reference: the gradient of <vjp(douts), dd> by everything."""
+    """Differentiates the backward pass, through the reference.
+
+    With g = vjp(douts) the gradients that ``layer_backward`` returned and dd those by them, these are the
+    gradients of <g, dd> by the layer's tensors and by douts.
+    """
     saved = _saved(ctx)
-    douts, a, options = saved[:4], *_unflatten((*saved[4:], *ctx.rest))
-    variables, rebuild = _differentiable(a)
+    a, options = _unflatten((*saved[4:], *ctx.rest))
     with torch.enable_grad():
-        # Views, so that they are points of the graph to differentiate by and still lead to the caller's tensors.
-        variables = [v.view_as(v) if v.requires_grad else v.detach().requires_grad_() for v in variables]
-        douts = [d if d is None else d.view_as(d) if d.requires_grad else d.detach().requires_grad_() for d in douts]
-        outputs = reference.layer(rebuild(variables), options, douts[1] is not None)
-        pairs = [(o, d) for o, d in zip(outputs, douts, strict=True) if d is not None]
+        variables = [_point(v) for v in _variables(a)]
+        douts = [None if d is None else _point(d) for d in saved[:4]]
+        outputs = reference.layer(_rebuild(a, variables), options, douts[1] is not None)
+        pairs = [(out, d) for out, d in zip(outputs, douts, strict=True) if d is not None]
         grads = torch.autograd.grad(
-            [o for o, _ in pairs],
+            [out for out, _ in pairs],
             variables,
             [d for _, d in pairs],
             create_graph=True,
             allow_unused=True,
         )
-        dd = [ddx, *(ddweights if ctx.rest[-1] and ddweights else [None] * sum(map(len, a[_LISTS])))]
-        dd += [g for g, state in ((ddh0, a.h0), (ddc0, a.c0)) if state is not None]
-        used = [(g, d) for g, d in zip(grads, dd, strict=True) if g is not None and d is not None and g.requires_grad]
+        states = [dd for dd, state in ((ddh0, a.h0), (ddc0, a.c0)) if state is not None]
+        by_weights = ddweights or [None] * sum(map(len, a.lists))  # Empty if they were not needed.
+        pairs = [
+            (g, dd)
+            for g, dd in zip(grads, [ddx, *by_weights, *states], strict=True)
+            if g is not None and g.requires_grad and dd is not None
+        ]
         wanted = [*variables, *(d for d in douts if d is not None)]
         second: Sequence[Tensor | None] = [None] * len(wanted)
-        if used:
+        if pairs:
             second = torch.autograd.grad(
-                [g for g, _ in used],
-                wanted,
-                [d for _, d in used],
-                create_graph=torch.is_grad_enabled(),
-                allow_unused=True,
+                [g for g, _ in pairs], wanted, [dd for _, dd in pairs], create_graph=True, allow_unused=True
             )
-    by_variable = rebuild(second[: len(variables)])  # type: ignore[arg-type]
+    by_variables = _rebuild(a, second)
     it = iter(second[len(variables) :])
-    by_dout = [None if d is None else next(it) for d in douts]
-    return (*by_dout, *by_variable[:11], *[None] * (_TENSOR_COUNT - 11 + len(ctx.rest)))
+    by_douts = [None if d is None else next(it) for d in douts]
+    return (*by_douts, *by_variables[:11], *[None] * (_TENSOR_COUNT - 11 + len(ctx.rest)))
+
+
+def _point(tensor: Tensor) -> Tensor:
+    """Returns a view that one can differentiate by and that still leads to the caller's tensor."""
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
 
 
 torch.library.register_autograd("torchrnn::layer", _layer_grad, setup_context=_layer_setup, lib=_LIBRARY)

@@ -27,7 +27,7 @@ CELLS = {
 }
 
 ACTIVATIONS = {"tanh": 0, "relu": 1, "sigmoid": 2, "identity": 3}
-"""Name -> value of the ``activation`` argument of the ops, equal to ``enum class Activation`` in ``csrc/params.h``."""
+"""Name -> ``activation`` argument of the ops, equal to ``enum class Activation`` in ``csrc/params.h``."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Options:
     """Everything about a layer that is neither a tensor nor a size.
 
     Args:
-        cell: A key of ``CELLS``. ``gru`` applies the reset gate after the recurrent product, as ``torch.nn`` and
-            cuDNN do; ``gru_reset_before`` before it, as Cho et al. 2014 and TensorFlow do.
+        cell: A key of ``CELLS``. ``gru`` applies the reset gate after the recurrent product, as ``torch.nn``
+            and cuDNN do; ``gru_reset_before`` before it, as Cho et al. 2014 and TensorFlow do.
         activation: A key of ``ACTIVATIONS``: of the candidate, and in an LSTM also of the cell output.
         cell_clip: Bound on ``|c|`` of an LSTM, applied before the output gate; None for no bound.
         proj_clip: Bound on the projected output; None for no bound.

@@ -1,10 +1,10 @@
 """The equations in plain torch: the fallback on every device, and what the kernels are tested against.
 
-Letters: T steps, B batch rows, D directions (1 or 2), I inputs, H hidden units, G gates of the cell, P projected
-outputs, R = P if there is a projection, else H.
+Letters: T steps, B batch rows, D directions (1 or 2), I inputs, H hidden units, G gates of the cell, P
+projected outputs, R = P if there is a projection, else H.
 
-Everything here is out of place and made of differentiable operators, so gradients of any order, ``vmap`` and forward
-mode work. Half-precision inputs are computed in float32 throughout and rounded once, at the end.
+Everything here is out of place and made of differentiable operators, so gradients of any order, ``vmap`` and
+forward mode work. Half-precision inputs are computed in float32 throughout and rounded once, at the end.
 """
 
 from __future__ import annotations
@@ -68,6 +68,20 @@ class Arguments(NamedTuple):
     zoneout_c: Tensor | None = None
     """[D, T or 1, B, H]: share of the previous c that is kept, 0..1."""
 
+    @property
+    def lists(self) -> tuple[list[Tensor], ...]:
+        """The list arguments, weight_ih to norm_shift."""
+        return (
+            self.weight_ih,
+            self.weight_hh,
+            self.bias_ih,
+            self.bias_hh,
+            self.weight_hr,
+            self.peephole,
+            self.norm_gain,
+            self.norm_shift,
+        )
+
 
 @dataclass(frozen=True)
 class _Direction:
@@ -98,7 +112,9 @@ class _Direction:
             # Reset before the product (Cho et al. 2014, arXiv:1406.1078, eq. 5-8; TensorFlow's GRUCell).
             hidden = h.size(-1)
             gates, candidate = self.weight_hh.split([2 * hidden, hidden])
-            bias_gates, bias_n = (None, None) if self.bias_hh is None else self.bias_hh.split([2 * hidden, hidden])
+            bias_gates, bias_n = (
+                (None, None) if self.bias_hh is None else self.bias_hh.split([2 * hidden, hidden])
+            )
             r, z, n = wx.chunk(3, -1)
             rh_r, rh_z = F.linear(h, gates, bias_gates).chunk(2, -1)
             r, z = torch.sigmoid(r + rh_r), torch.sigmoid(z + rh_z)
@@ -138,9 +154,7 @@ class _Direction:
         return F.layer_norm(x, x.shape[-1:], self.norm_gain[row], self.norm_shift[row], self.options.norm_eps)
 
 
-def layer(
-    a: Arguments, options: Options, all_states: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def layer(a: Arguments, options: Options, all_states: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Runs one layer, all its directions.
 
     Args:
@@ -149,9 +163,9 @@ def layer(
         all_states: Whether the c of every step is wanted.
 
     Returns:
-        ``(y, c_all, h_n, c_n)``: the outputs [T, B, D*R], zero past a row's length; every c [T, B, D*H] likewise,
-        or an empty tensor if not wanted or not there; the final states [D, B, R] and [D, B, H], c_n empty for a
-        cell without memory.
+        ``(y, c_all, h_n, c_n)``: the outputs [T, B, D*R], zero past a row's length; every c [T, B, D*H]
+        likewise, or an empty tensor if not wanted or not there; the final states [D, B, R] and [D, B, H], c_n
+        empty for a cell without memory.
     """
     dtype = a.x.dtype
     wide = torch.promote_types(dtype, torch.float32)
@@ -164,8 +178,10 @@ def layer(
     return y, c_all, h_n, torch.stack([out[3] for out in outputs]).to(dtype)
 
 
-def _direction(a: Arguments, options: Options, d: int, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns ``(y [T, B, R], c_all [T, B, H], h_n [B, R], c_n [B, H])`` of direction d, in dtype ``wide``."""
+def _direction(
+    a: Arguments, options: Options, d: int, wide: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns ``(y, c_all, h_n, c_n)`` of direction d: [T, B, R], [T, B, H], [B, R], [B, H]."""
 
     def pick(tensors: list[Tensor]) -> Tensor | None:
         return tensors[d].to(wide) if tensors else None
@@ -226,8 +242,8 @@ def _direction(a: Arguments, options: Options, d: int, wide: torch.dtype) -> tup
 def _cut(resets: Tensor | None, alive: Tensor | None, t: int, backwards: bool) -> Tensor | None:
     """Returns [B, 1] bool, true where the state must be forgotten before step t is computed.
 
-    A reset at t parts step t-1 from step t. Backwards the step before t is t+1, so the mark is the one at t+1, and
-    it counts only if step t+1 exists in that row.
+    A reset at t parts step t-1 from step t. Backwards the step before t is t+1, so the mark is the one at
+    t+1, and it counts only if step t+1 exists in that row.
     """
     if resets is None:
         return None

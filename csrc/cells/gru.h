@@ -10,7 +10,8 @@ inline namespace RNN_ISA {
 template <typename T>
 struct Gru {
   static constexpr int kGates = 3;  // r, z, n: the row blocks of weight_ih and weight_hh
-  static constexpr int kTape = 4;   // r, z, n after their activation, and rhn = (R h + b_hh)_n before the reset
+  static constexpr int kTape =
+      4;  // r, z, n after their activation, and rhn = (R h + b_hh)_n before the reset
   static constexpr int kMemory = -1;
   static constexpr int kHalves = 1;
   static constexpr int kHiddenBias = 2;
@@ -18,9 +19,7 @@ struct Gru {
   static constexpr int kGateGrads = 4;  // rhn, r, z, n: by rh are the first three, by wx the last three
   static constexpr int kInputGrads = 1;
 
-  struct State {
-    T h, c;
-  };
+  struct State { T h, c; };
 
   // wx = W x + b_ih, and b_hh too in r and z; rh = R h, and b_hh too in n.
   RNN_FN static State forward(const T (&wx)[kGates], const T (&rh)[kGates], State prev, T (&tape)[kTape]) {
@@ -43,8 +42,8 @@ struct Gru {
   }
 };
 
-// Reset before the matmul: n's recurrent product is that of r * h, known only after all r of the row. So a step has
-// two halves, and each half its own recurrent product.
+// Reset before the matmul: n's recurrent product is that of r * h, known only after all r of the row. So a
+// step has two halves, and each half its own recurrent product.
 template <typename T>
 struct GruResetBefore {
   static constexpr int kGates = 3;  // r, z, n

@@ -8,19 +8,17 @@ inline namespace RNN_ISA {
 
 template <typename T>
 struct Lstm {
-  static constexpr int kGates = 4;  // i, f, g, o: the row blocks of weight_ih and weight_hh
-  static constexpr int kTape = 5;   // i, f, g, o after their activation, and the new c
-  static constexpr int kMemory = 4;  // where in the tape the new c is; -1 for a cell without c
-  static constexpr int kHalves = 1;      // recurrent products that wait for each other
+  static constexpr int kGates = 4;        // i, f, g, o: the row blocks of weight_ih and weight_hh
+  static constexpr int kTape = 5;         // i, f, g, o after their activation, and the new c
+  static constexpr int kMemory = 4;       // where in the tape the new c is; -1 for a cell without c
+  static constexpr int kHalves = 1;       // recurrent products that wait for each other
   static constexpr int kHiddenBias = -1;  // gate whose b_hh is added to rh, not to wx; -1 for none
   static constexpr bool kReadsH = false;  // whether the maths reads the previous h other than through R
-  static constexpr int kGateGrads = 4;  // gradients by wx are those by rh: both i, f, g, o
-  static constexpr int kInputGrads = 0;  // where in the gate gradients those by wx begin
+  static constexpr int kGateGrads = 4;    // gradients by wx are those by rh: both i, f, g, o
+  static constexpr int kInputGrads = 0;   // where in the gate gradients those by wx begin
 
   // Carried to the next step.
-  struct State {
-    T h, c;
-  };
+  struct State { T h, c; };
 
   // wx = W x + b_ih + b_hh, rh = R h.
   RNN_FN static State forward(const T (&wx)[kGates], const T (&rh)[kGates], State prev, T (&tape)[kTape]) {
@@ -36,8 +34,8 @@ struct Lstm {
   // The new h, from the tape.
   RNN_FN static T output(const T (&tape)[kTape]) { return tape[3] * tanh_(tape[4]); }
 
-  // From the gradients by the new state to those by the gate sums (d) and, returned, by the previous state except
-  // what goes through R.
+  // From the gradients by the new state to those by the gate sums (d) and, returned, by the previous state
+  // except what goes through R.
   RNN_FN static State backward(const T (&tape)[kTape], State prev, State dnext, T (&d)[kGateGrads]) {
     const T one(1);
     const T i = tape[0], f = tape[1], g = tape[2], o = tape[3];

@@ -9,8 +9,8 @@
 #define RNN_FN inline __attribute__((always_inline))
 #endif
 
-// Every kernel translation unit names its own inner namespace, one per instruction set, so that the linker cannot
-// merge two builds of one template and hand AVX-512 code to a machine without it.
+// Every kernel translation unit names its own inner namespace, one per instruction set, so that the linker
+// cannot merge two builds of one template and hand AVX-512 code to a machine without it.
 #ifndef RNN_ISA
 #define RNN_ISA scalar
 #endif

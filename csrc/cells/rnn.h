@@ -17,9 +17,7 @@ struct RnnTanh {
   static constexpr int kGateGrads = 1;
   static constexpr int kInputGrads = 0;
 
-  struct State {
-    T h, c;
-  };
+  struct State { T h, c; };
 
   // wx = W x + b_ih + b_hh, rh = R h.
   RNN_FN static State forward(const T (&wx)[kGates], const T (&rh)[kGates], State prev, T (&tape)[kTape]) {

@@ -3,6 +3,7 @@
 // The functions are written out instead of left to the autovectoriser, which takes the GRU but not the LSTM.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -11,15 +12,22 @@
 namespace torchrnn {
 inline namespace RNN_ISA {
 
+// Out of line: inlined, the copy of an unknown size would crowd the loop that never takes it.
+__attribute__((noinline, cold)) inline void copy_part(void* to, const void* from, size_t bytes) {
+  memcpy(to, from, bytes);
+}
+
 template <typename T>
 struct VecConstants;
 
-// exp(y) = 2^n exp(r) with n = round(y / ln 2) and |r| <= ln 2 / 2. kRound is 1.5 * 2^(mantissa bits): adding it
-// rounds to an integer, whose value is then in the low bits. ln 2 in two parts makes r exact to working precision.
+// exp(y) = 2^n exp(r) with n = round(y / ln 2) and |r| <= ln 2 / 2. kRound is 1.5 * 2^(mantissa bits): adding
+// it rounds to an integer, whose value is then in the low bits. ln 2 in two parts makes r exact to working
+// precision.
 template <>
 struct VecConstants<float> {
   using Int = int32_t;
-  static constexpr float kRound = 12582912.0f, kLog2e = 1.44269504f, kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
+  static constexpr float kRound = 12582912.0f, kLog2e = 1.44269504f, kLn2Hi = 0.693359375f,
+                         kLn2Lo = -2.12194440e-4f;
   static constexpr int kMantissa = 23;
   static constexpr Int kOne = 0x3f800000;
   // Beyond these, sigmoid and tanh are 0 or 1 to working precision, and 2^n is still finite.
@@ -59,18 +67,36 @@ struct Vec {
   }
 
   RNN_FN static Vec load(const T* p) { return of(*reinterpret_cast<const Unaligned*>(p)); }
+
+  // *p in all lanes. GCC makes a scalar load and a shuffle of it, which takes a slot from the multiply-adds;
+  // the instruction that loads and broadcasts does not.
+  RNN_FN static Vec broadcast(const T* p) {
+#ifdef __x86_64__
+    if constexpr (N * sizeof(T) >= 32) {
+      Raw raw;
+      if constexpr (sizeof(T) == sizeof(float))
+        asm("vbroadcastss %1, %0" : "=v"(raw) : "m"(*p));
+      else
+        asm("vbroadcastsd %1, %0" : "=v"(raw) : "m"(*p));
+      return of(raw);
+    }
+#endif
+    return Vec(*p);
+  }
+
   RNN_FN void store(T* p) const { *reinterpret_cast<Unaligned*>(p) = v; }
 
   // The first n values only, 0 <= n <= N; the rest reads as 0 and is not written.
   RNN_FN static Vec load(const T* p, int64_t n) {
     if (__builtin_expect(n == N, 1)) return load(p);
     Raw raw{};
-    memcpy(&raw, p, n * sizeof(T));
+    copy_part(&raw, p, n * sizeof(T));
     return of(raw);
   }
   RNN_FN void store(T* p, int64_t n) const {
     if (__builtin_expect(n == N, 1)) return store(p);
-    memcpy(p, &v, n * sizeof(T));
+    const Raw raw = v;
+    copy_part(p, &raw, n * sizeof(T));
   }
 
   RNN_FN friend Vec operator+(Vec a, Vec b) { return of(a.v + b.v); }
@@ -99,7 +125,8 @@ RNN_FN Vec<T, N> limit(Vec<T, N> x, T bound) {
   return x;
 }
 
-// exp(y) = scale + scale * p with p = exp(r) - 1 by its Taylor series: kept apart so that exp(y) - 1 loses nothing.
+// exp(y) = scale + scale * p with p = exp(r) - 1 by its Taylor series: kept apart so that exp(y) - 1 loses
+// nothing.
 template <typename T, int N>
 RNN_FN void exp_parts(Vec<T, N> y, Vec<T, N>& scale, Vec<T, N>& p) {
   using K = VecConstants<T>;

@@ -1,5 +1,6 @@
-// The backward scan: step by step the gradients by the gates, each step's recurrent product and cell in one pass as in
-// the forward scan, and after the last step the gradients by the weights and the input as a few large products.
+// The backward scan: step by step the gradients by the gates, each step's recurrent product and cell in one
+// pass as in the forward scan, and after the last step the gradients by the weights and the input as a few
+// large products.
 #pragma once
 
 #include "cpu/forward.h"
@@ -20,8 +21,8 @@ struct BackwardRow {
   T* carry_h;       // [R], gradient by this step's h from later steps other than through R
   T* carry_c;       // [H], gradient by this step's c from later steps
   T* dh;            // [R], projection: the whole gradient by this step's output
-  T* aside;         // [H], the left-hand rows of the second product's weight gradient: r * h, or h before projection
-  bool cut;         // nothing goes to the previous step
+  T* aside;  // [H], the left-hand rows of the second product's weight gradient: r * h, or h before projection
+  bool cut;  // nothing goes to the previous step
 };
 
 template <typename T, template <typename> class CellOf>
@@ -32,19 +33,20 @@ struct Backward {
   static constexpr int G = C::kGates;
   static constexpr int D = C::kGateGrads;
   static constexpr bool kTwoHalves = C::kHalves == 2;
-  static constexpr int kRecurrent = kTwoHalves ? 2 : G;  // blocks of the gate gradients that go through the first product
+  static constexpr int kRecurrent =
+      kTwoHalves ? 2 : G;  // blocks of the gate gradients that go through the first product
   static constexpr int kRotate = C::kInputGrads == 0 ? 0 : G - 1;
   using Matrix = ColumnMatrix<T>;
 
   struct State {
     Rows rows;
     Matrix recurrent, second, input;
-    T* dgates;       // [T, B, D*H]
-    T* dh;           // [T, B, R], projection only
-    T* aside;        // [T, B, H], GruResetBefore and projection only
-    T* carry_h;      // [B, R]
-    T* carry_c;      // [B, H]
-    T* bias;         // [D*H], sums of the gate gradients
+    T* dgates;   // [T, B, D*H]
+    T* dh;       // [T, B, R], projection only
+    T* aside;    // [T, B, H], GruResetBefore and projection only
+    T* carry_h;  // [B, R]
+    T* carry_c;  // [B, H]
+    T* bias;     // [D*H], sums of the gate gradients
   };
 
   const BackwardParams<T>& q;
@@ -80,12 +82,18 @@ struct Backward {
     s = {};
     const int64_t H = p.hidden, rows = p.steps * p.batch;
     const auto& w = p.weights[d];
-    s.rows = {p.steps, p.batch, p.lengths, p.resets, arena.template get<int64_t>(p.batch),
+    s.rows = {p.steps,
+              p.batch,
+              p.lengths,
+              p.resets,
+              arena.template get<int64_t>(p.batch),
               arena.template get<int64_t>(p.steps)};
     s.rows.sort();
     const bool packs = rows >= kPackFrom;
-    const auto matrix = [&](const T* weight, int64_t columns, int64_t blocks, int64_t block_rows, int64_t rotate) {
-      Matrix m{weight, columns, columns, blocks, block_rows, rotate, nullptr, packs ? 0 : columns / Matrix::kWidth};
+    const auto matrix = [&](const T* weight, int64_t columns, int64_t blocks, int64_t block_rows,
+                            int64_t rotate) {
+      Matrix m{weight,     columns, columns, blocks,
+               block_rows, rotate,  nullptr, packs ? 0 : columns / Matrix::kWidth};
       m.packed = arena.template get<T>(m.packed_size());
       return m;
     };
@@ -204,17 +212,20 @@ struct Backward {
         const int64_t count = slice.rows(state.rows.active[s]);
         if (state.rows.active[s] == 0) continue;
         place(s, count);
-        product(state.recurrent, count, [&](int64_t i, V sum, int64_t unit, int64_t m) { first(i, sum, unit, m); });
+        product(state.recurrent, count,
+                [&](int64_t i, V sum, int64_t unit, int64_t m) { first(i, sum, unit, m); });
         if (f.has_second()) {
           barrier.wait(slice.unit_parts);
           place_second(count);
-          product(state.second, count, [&](int64_t i, V sum, int64_t unit, int64_t m) { second(i, sum, unit, m); });
+          product(state.second, count,
+                  [&](int64_t i, V sum, int64_t unit, int64_t m) { second(i, sum, unit, m); });
         }
         barrier.wait(slice.unit_parts);
       }
     }
 
-    // Calls use(i, sums, unit, m) for each of the first `count` rows and each vector of this thread's columns.
+    // Calls use(i, sums, unit, m) for each of the first `count` rows and each vector of this thread's
+    // columns.
     template <typename Use>
     RNN_FN void product(const Matrix& matrix, int64_t count, const Use& use) {
       const Range panels = slice.units(matrix.panels());
@@ -343,7 +354,8 @@ struct Backward {
     // Left and right rows of the weight gradients, of kOuterDepth row-steps at a time.
     struct Block {
       int64_t count;
-      const T *dgates[kOuterDepth], *x[kOuterDepth], *h_prev[kOuterDepth], *dh[kOuterDepth], *aside[kOuterDepth];
+      const T *dgates[kOuterDepth], *x[kOuterDepth], *h_prev[kOuterDepth], *dh[kOuterDepth],
+          *aside[kOuterDepth];
     };
 
     void weight_gradients() {
@@ -384,10 +396,10 @@ struct Backward {
       const int64_t H = p.hidden;
       const auto& dw = q.dweights[d];
       // Rows [offset, offset + count) of the left side against the right side.
-      const auto sum = [&](const T* const* lhs, int64_t offset, int64_t count, const T* const* rhs, int64_t columns,
-                           T* out) {
-        outer_sum(block.count, lhs, offset, rhs, share(count, slice.index(), slice.size()), columns, out, accumulate,
-                  packs);
+      const auto sum = [&](const T* const* lhs, int64_t offset, int64_t count, const T* const* rhs,
+                           int64_t columns, T* out) {
+        outer_sum(block.count, lhs, offset, rhs, share(count, slice.index(), slice.size()), columns, out,
+                  accumulate, packs);
       };
       sum(block.dgates, C::kInputGrads * H, G * H, block.x, p.inputs, dw.weight_ih);
       if constexpr (kTwoHalves) {

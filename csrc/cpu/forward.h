@@ -1,8 +1,8 @@
-// The forward scan: input projection of a stretch of steps, then step by step the recurrent product and, while its
-// tile is still in L1, the cell.
+// The forward scan: input projection of a stretch of steps, then step by step the recurrent product and,
+// while its tile is still in L1, the cell.
 //
-// What saturates: with many rows the multiply-add units; with one row the reading of weight_hh, which is why units
-// are shared out so that each thread's part stays in its own L2.
+// What saturates: with many rows the multiply-add units; with one row the reading of weight_hh, which is why
+// units are shared out so that each thread's part stays in its own L2.
 #pragma once
 
 #include "cells/gru.h"
@@ -20,8 +20,8 @@ inline namespace RNN_ISA {
 // Rows whose products are held at a time: 16 KB for a panel of 64 floats.
 constexpr int64_t kRowBlock = 64;
 
-// With fewer input rows than this over the whole sequence, weights are multiplied as they are: packing reads and
-// writes all of them, which only repeated use pays back.
+// With fewer input rows than this over the whole sequence, weights are multiplied as they are: packing reads
+// and writes all of them, which only repeated use pays back.
 constexpr int64_t kPackFrom = 24;
 
 // Where one row's values of one step are.
@@ -41,13 +41,13 @@ template <typename T>
 struct ForwardState {
   Rows rows;
   T* zeros;
-  T* bias_x;      // [G*H]: b_ih, and b_hh where the cell adds it before the nonlinearity
+  T* bias_x;        // [G*H]: b_ih, and b_hh where the cell adds it before the nonlinearity
   const T* bias_h;  // [H]: b_hh of the candidate of Gru, or null
-  T* wx;          // [chunk, B, G*H], inference only
-  T* reset_h;     // [B, H], GruResetBefore: r * h
-  T* update;      // [B, H], GruResetBefore in inference: z
-  T* cell_out;    // [B, H], projection: h before it
-  int64_t chunk;  // steps whose input projection is made at a time
+  T* wx;            // [chunk, B, G*H], inference only
+  T* reset_h;       // [B, H], GruResetBefore: r * h
+  T* update;        // [B, H], GruResetBefore in inference: z
+  T* cell_out;      // [B, H], projection: h before it
+  int64_t chunk;    // steps whose input projection is made at a time
 };
 
 template <typename T, template <typename> class CellOf>
@@ -68,7 +68,7 @@ struct Forward {
   Recurrent recurrent[kMaxDirections];
   Second second[kMaxDirections];
   ForwardState<T> state[kMaxDirections];
-  Barrier* group_barriers;      // [threads]
+  Barrier* group_barriers;  // [threads]
   Barrier direction_barriers[kMaxDirections];
 
   bool backwards(int d) const { return p.reverse || d == 1; }
@@ -79,13 +79,12 @@ struct Forward {
     return p.tape + ((d * p.steps + t) * p.batch + b) * C::kTape * p.hidden;
   }
 
-  Forward(const LayerParams<T>& params, int threads, Arena& arena)
-      : p(params) {
+  Forward(const LayerParams<T>& params, int threads, Arena& arena) : p(params) {
     group_barriers = arena.template get<Barrier>(threads);
     const int64_t widest = max64(max64(p.inputs, p.hidden), p.outputs);
     T* zeros = arena.template get<T>(widest);
-    // The part of the input projection that is ahead of the scan should still be in L2 when it is used, but have rows
-    // enough to use each weight that it reads several times.
+    // The part of the input projection that is ahead of the scan should still be in L2 when it is used, but
+    // have rows enough to use each weight that it reads several times.
     const int64_t chunk_rows = max64(96, (512 * 1024) / (G * p.hidden * int64_t(sizeof(T))));
     const bool packs = p.steps * p.batch >= kPackFrom;
     for (int d = 0; d < p.directions; ++d) {
@@ -96,7 +95,11 @@ struct Forward {
       if (p.projected) second[d] = {w.weight_hr, p.outputs, p.hidden, zeros, nullptr};
       ForwardState<T>& s = state[d];
       s = {};
-      s.rows = {p.steps, p.batch, p.lengths, p.resets, arena.template get<int64_t>(p.batch),
+      s.rows = {p.steps,
+                p.batch,
+                p.lengths,
+                p.resets,
+                arena.template get<int64_t>(p.batch),
                 arena.template get<int64_t>(p.steps)};
       s.zeros = zeros;
       s.bias_x = arena.template get<T>(G * p.hidden);
@@ -170,10 +173,10 @@ struct Forward {
     const Slice slice;
     Barrier& barrier;
     const bool back;
-    const int64_t mine;   // rows
-    StepRow<T>* step;     // [mine]
-    const T** left;       // [max(mine, kRowBlock)], rows of a product
-    T* acc;               // [kRowBlock, panel width]
+    const int64_t mine;  // rows
+    StepRow<T>* step;    // [mine]
+    const T** left;      // [max(mine, kRowBlock)], rows of a product
+    T* acc;              // [kRowBlock, panel width]
     Arena memory;
 
     Thread(const Forward& forward, int direction, const Slice& slice_, Barrier& barrier_)
@@ -212,14 +215,16 @@ struct Forward {
       const Range units = own_units(f.recurrent[d]);
       for (int64_t i = 0; i < mine; ++i) {
         const int64_t at = (d * p.batch + state.rows.order[slice.row(i)]) * p.hidden;
-        for (int64_t u = units.begin; u < units.end; ++u) p.c_n[at + u] = p.c0 == nullptr ? T(0) : p.c0[at + u];
+        for (int64_t u = units.begin; u < units.end; ++u)
+          p.c_n[at + u] = p.c0 == nullptr ? T(0) : p.c0[at + u];
       }
     }
 
     template <typename Matrix>
     Range own_units(const Matrix& matrix) const {
       const Range panels = slice.units(matrix.panels());
-      return {min64(panels.begin * Matrix::kUnits, matrix.hidden), min64(panels.end * Matrix::kUnits, matrix.hidden)};
+      return {min64(panels.begin * Matrix::kUnits, matrix.hidden),
+              min64(panels.end * Matrix::kUnits, matrix.hidden)};
     }
 
     T* wx_row(int64_t s, int64_t b) const {
@@ -286,7 +291,8 @@ struct Forward {
         if (C::kMemory < 0) continue;
         row.c = p.c_n + (d * p.batch + b) * p.hidden;
         row.c_prev = state.rows.cut(b, s, back) ? state.zeros : row.c;
-        row.c_out = p.c_all == nullptr ? nullptr : p.c_all + ((t * p.batch + b) * p.directions + d) * p.hidden;
+        row.c_out =
+            p.c_all == nullptr ? nullptr : p.c_all + ((t * p.batch + b) * p.directions + d) * p.hidden;
       }
     }
 
@@ -387,7 +393,7 @@ struct Forward {
       if (slice.unit_part != 0) return;
       for (int64_t i = 0; i < mine; ++i) {
         const int64_t b = state.rows.order[slice.row(i)], length = state.rows.length(b);
-        const T* last = length > 0 ? f.y(d, state.rows.time(b, length - 1, back), b)
+        const T* last = length > 0        ? f.y(d, state.rows.time(b, length - 1, back), b)
                         : p.h0 != nullptr ? p.h0 + (d * p.batch + b) * p.outputs
                                           : state.zeros;
         memcpy(p.h_n + (d * p.batch + b) * p.outputs, last, p.outputs * sizeof(T));
@@ -407,8 +413,8 @@ void run_forward(const LayerParams<T>& p, int threads, cpu::RunTeam run_team) {
   Arena arena;
   Forward<T, CellOf> forward(p, threads, arena);
   run_team(
-      forward.useful_threads(threads), [](void* f, int id, int size) { static_cast<Forward<T, CellOf>*>(f)->run(id, size); },
-      &forward);
+      forward.useful_threads(threads),
+      [](void* f, int id, int size) { static_cast<Forward<T, CellOf>*>(f)->run(id, size); }, &forward);
 }
 
 }  // namespace RNN_ISA

@@ -1,5 +1,5 @@
-// The body of each instruction set's translation unit, included after RNN_ISA, RNN_VECTOR_BYTES and RNN_REGISTERS are
-// defined and the compiler's target is set.
+// The body of each instruction set's translation unit, included after RNN_ISA, RNN_VECTOR_BYTES and
+// RNN_REGISTERS are defined and the compiler's target is set.
 
 #include "cpu/backward.h"
 #include "cpu/floors.h"
@@ -42,8 +42,7 @@ void backward(const BackwardParams<T>& p, int threads, cpu::RunTeam run_team) {
 }  // namespace RNN_ISA
 }  // namespace torchrnn
 
-#define RNN_KERNELS                                                                                          \
-  {                                                                                                          \
-    torchrnn::RNN_ISA::forward<float>, torchrnn::RNN_ISA::forward<double>, torchrnn::RNN_ISA::backward<float>, \
-        torchrnn::RNN_ISA::backward<double>, torchrnn::RNN_ISA::multiply_add_loop, torchrnn::RNN_ISA::read_loop \
-  }
+#define RNN_KERNELS                                                           \
+  {torchrnn::RNN_ISA::forward<float>,    torchrnn::RNN_ISA::forward<double>,  \
+   torchrnn::RNN_ISA::backward<float>,   torchrnn::RNN_ISA::backward<double>, \
+   torchrnn::RNN_ISA::multiply_add_loop, torchrnn::RNN_ISA::read_loop}

@@ -10,8 +10,9 @@ namespace cpu {
 enum class Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };
 constexpr int kIsaCount = 3;
 
-// Calls task(context, id, size) once for each id in 0..size-1, all at the same time on threads of their own, and
-// returns when all are done. size is at most the requested number of threads: tasks may wait for each other.
+// Calls task(context, id, size) once for each id in 0..size-1, all at the same time on threads of their own,
+// and returns when all are done. size is at most the requested number of threads: tasks may wait for each
+// other.
 using Task = void (*)(void* context, int id, int size);
 using RunTeam = void (*)(int threads, Task task, void* context);
 
@@ -20,7 +21,8 @@ struct Kernels {
   void (*forward_f64)(const LayerParams<double>&, int threads, RunTeam);
   void (*backward_f32)(const BackwardParams<float>&, int threads, RunTeam);
   void (*backward_f64)(const BackwardParams<double>&, int threads, RunTeam);
-  // Floors that bench measures against. iterations of a loop of independent multiply-adds; returns their number.
+  // Floors that bench measures against. iterations of a loop of independent multiply-adds; returns their
+  // number.
   double (*multiply_add_loop)(int64_t iterations);
   // Reads count floats, times over; returns their sum so that the loop is not dropped.
   float (*read_loop)(const float* data, int64_t count, int64_t times);

@@ -1,5 +1,5 @@
-// The CPU kernels behind torchrnn's ops: allocates outputs, fills the parameter structs, picks dtype, instruction set
-// and number of threads. Schemas, argument errors and gradients are in torchrnn/ops.py.
+// The CPU kernels behind torchrnn's ops: allocates outputs, fills the parameter structs, picks dtype,
+// instruction set and number of threads. Schemas, argument errors and gradients are in torchrnn/ops.py.
 //
 // bfloat16 and float16 are widened to float32 here, once per call, and the results rounded.
 
@@ -30,7 +30,8 @@ using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using MaybeTensor = std::optional<Tensor>;
 
-// Instruction sets ------------------------------------------------------------------------------------------------
+// Instruction sets
+// ------------------------------------------------------------------------------------------------
 
 bool isa_supported(int64_t isa) {
   switch (Isa(isa)) {
@@ -58,7 +59,8 @@ int64_t best_isa() {
 std::atomic<int64_t> active_isa{best_isa()};
 
 const Kernels& kernels_of(int64_t isa) {
-  STD_TORCH_CHECK(isa >= 0 && isa < kIsaCount && isa_supported(isa), "instruction set ", isa, " is not supported");
+  STD_TORCH_CHECK(isa >= 0 && isa < kIsaCount && isa_supported(isa), "instruction set ", isa,
+                  " is not supported");
 #ifdef __x86_64__
   if (Isa(isa) == Isa::kAvx512) return kAvx512Kernels;
   if (Isa(isa) == Isa::kAvx2) return kAvx2Kernels;
@@ -75,11 +77,13 @@ void set_isa(int64_t isa) {
   active_isa.store(isa);
 }
 
-// Threads ---------------------------------------------------------------------------------------------------------
+// Threads
+// ---------------------------------------------------------------------------------------------------------
 
-// Runs a team on torch's threads. parallel_for may hand out fewer chunks than there are threads, or all of them to the
-// caller (inside another parallel region, say); the team is then as large as the number of callers, which all exist
-// when every index is claimed. Only then does anybody start, since members wait for each other.
+// Runs a team on torch's threads. parallel_for may hand out fewer chunks than there are threads, or all of
+// them to the caller (inside another parallel region, say); the team is then as large as the number of
+// callers, which all exist when every index is claimed. Only then does anybody start, since members wait for
+// each other.
 void run_team(int threads, Task task, void* context) {
   if (threads <= 1) return task(context, 0, 1);
   std::atomic<int> claimed{0}, callers{0};
@@ -93,18 +97,21 @@ void run_team(int threads, Task task, void* context) {
   });
 }
 
-// Threads worth their barriers, from what a step must read and compute at about 250 GB/s and 250 GFLOP/s per core.
+// Threads worth their barriers, from what a step must read and compute at about 250 GB/s and 250 GFLOP/s per
+// core.
 template <typename T>
 int team_size(const LayerParams<T>& p, int64_t gates) {
   const double weights = double(gates * p.hidden) * p.outputs;
   const double step_ns = std::max(weights * sizeof(T), weights * 2 * p.batch) / 250;
-  const double input_ns = double(gates * p.hidden) * p.inputs * std::max<double>(2 * p.steps * p.batch, sizeof(T)) / 250;
+  const double input_ns =
+      double(gates * p.hidden) * p.inputs * std::max<double>(2 * p.steps * p.batch, sizeof(T)) / 250;
   if (p.steps * step_ns + input_ns < 5000) return 1;
   if (p.batch < 8 && p.directions == 1 && step_ns < 500) return 1;
   return int(torch::stable::get_num_threads());
 }
 
-// Tensors to pointers -----------------------------------------------------------------------------------------------
+// Tensors to pointers
+// -----------------------------------------------------------------------------------------------
 
 struct CellInfo {
   int64_t gates, tape;
@@ -210,18 +217,19 @@ LayerParams<T> layer_params(const Arguments& a, Widened<T>& wide) {
   if (a.lengths.has_value()) RNN_CHECK_SHAPE(*a.lengths, p.batch);
   p.lengths = wide.template dense_as<int64_t>(a.lengths, ScalarType::Long);
   for (int64_t b = 0; p.lengths != nullptr && b < p.batch; ++b)
-    STD_TORCH_CHECK(p.lengths[b] >= 0 && p.lengths[b] <= p.steps, "lengths must be in 0..T=", p.steps, ", got ",
-                    p.lengths[b]);
+    STD_TORCH_CHECK(p.lengths[b] >= 0 && p.lengths[b] <= p.steps, "lengths must be in 0..T=", p.steps,
+                    ", got ", p.lengths[b]);
   if (a.resets.has_value()) RNN_CHECK_SHAPE(*a.resets, p.steps, p.batch);
   p.resets = wide.template dense_as<bool>(a.resets, ScalarType::Bool);
 
   // ops.py sends calls with these to the reference; a kernel that ignored one would be wrong in silence.
-  STD_TORCH_CHECK(a.peephole.empty() && a.norm_gain.empty() && a.norm_shift.empty() && !a.mask_h.has_value() &&
-                      !a.mask_c.has_value() && !a.zoneout_h.has_value() && !a.zoneout_c.has_value() &&
-                      !a.cell_clip.has_value() && !a.proj_clip.has_value(),
+  STD_TORCH_CHECK(a.peephole.empty() && a.norm_gain.empty() && a.norm_shift.empty() &&
+                      !a.mask_h.has_value() && !a.mask_c.has_value() && !a.zoneout_h.has_value() &&
+                      !a.zoneout_c.has_value() && !a.cell_clip.has_value() && !a.proj_clip.has_value(),
                   "no CPU kernel serves this variation");
-  STD_TORCH_CHECK(p.activation == Activation::kTanh || (p.cell == Cell::kRnn && p.activation == Activation::kRelu),
-                  "no CPU kernel serves this activation");
+  STD_TORCH_CHECK(
+      p.activation == Activation::kTanh || (p.cell == Cell::kRnn && p.activation == Activation::kRelu),
+      "no CPU kernel serves this activation");
   p.cell_clip = p.proj_clip = std::numeric_limits<T>::infinity();
   p.norm_eps = T(a.norm_eps);
   return p;
@@ -235,11 +243,10 @@ Tensor rounded(const Tensor& tensor, ScalarType dtype) {
   return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
 }
 
-// Ops ---------------------------------------------------------------------------------------------------------------
+// Ops
+// ---------------------------------------------------------------------------------------------------------------
 
-struct LayerOutput {
-  Tensor y, c_all, h_n, c_n, tape;
-};
+struct LayerOutput { Tensor y, c_all, h_n, c_n, tape; };
 
 template <typename T>
 LayerOutput forward(const Arguments& a, bool all_states, bool training) {
@@ -266,7 +273,8 @@ LayerOutput forward(const Arguments& a, bool all_states, bool training) {
     kernels().forward_f32(p, team_size(p, info.gates), run_team);
   else
     kernels().forward_f64(p, team_size(p, info.gates), run_team);
-  return {rounded(out.y, dtype), rounded(out.c_all, dtype), rounded(out.h_n, dtype), rounded(out.c_n, dtype), out.tape};
+  return {rounded(out.y, dtype), rounded(out.c_all, dtype), rounded(out.h_n, dtype), rounded(out.c_n, dtype),
+          out.tape};
 }
 
 LayerOutput forward(const Arguments& a, bool all_states, bool training) {
@@ -279,13 +287,12 @@ struct LayerGradient {
   Tensors dweights;
 };
 
-struct Needs {
-  bool dx, dstate, dweights;
-};
+struct Needs { bool dx, dstate, dweights; };
 
 template <typename T>
 LayerGradient backward(const MaybeTensor& dy, const MaybeTensor& dc_all, const MaybeTensor& dh_n,
-                       const MaybeTensor& dc_n, const Arguments& a, const Tensor& y, const Tensor& tape, Needs needs) {
+                       const MaybeTensor& dc_n, const Arguments& a, const Tensor& y, const Tensor& tape,
+                       Needs needs) {
   const ScalarType dtype = a.x.scalar_type(), wide_dtype = wide_type(a.x);
   Widened<T> wide(wide_dtype);
   BackwardParams<T> q{};
@@ -319,8 +326,10 @@ LayerGradient backward(const MaybeTensor& dy, const MaybeTensor& dc_all, const M
     pointer = wanted ? result.template mutable_data_ptr<T>() : nullptr;
     return result;
   };
-  LayerGradient grad{gradient(a.x, needs.dx, q.dx), gradient(a.h0, needs.dstate, q.dh0),
-                     gradient(a.c0, needs.dstate, q.dc0), {}};
+  LayerGradient grad{gradient(a.x, needs.dx, q.dx),
+                     gradient(a.h0, needs.dstate, q.dh0),
+                     gradient(a.c0, needs.dstate, q.dc0),
+                     {}};
   if (needs.dweights) {
     const auto list = [&](const Tensors& tensors, T* DirectionWeights<T>::* field) {
       for (size_t d = 0; d < tensors.size(); ++d)
@@ -341,16 +350,17 @@ LayerGradient backward(const MaybeTensor& dy, const MaybeTensor& dc_all, const M
   return grad;
 }
 
-#define RNN_PARAMETERS                                                                                              \
-  Tensor x, Tensors weight_ih, Tensors weight_hh, Tensors bias_ih, Tensors bias_hh, Tensors weight_hr,              \
-      Tensors peephole, Tensors norm_gain, Tensors norm_shift, MaybeTensor h0, MaybeTensor c0, MaybeTensor lengths, \
-      MaybeTensor resets, MaybeTensor mask_h, MaybeTensor mask_c, MaybeTensor zoneout_h, MaybeTensor zoneout_c,     \
-      int64_t cell, int64_t activation, std::optional<double> cell_clip, std::optional<double> proj_clip,           \
-      double norm_eps, bool reverse
-#define RNN_ARGUMENTS                                                                                          \
-  Arguments {                                                                                                  \
-    x, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, norm_gain, norm_shift, h0, c0, lengths,    \
-        resets, mask_h, mask_c, zoneout_h, zoneout_c, cell, activation, cell_clip, proj_clip, norm_eps, reverse \
+#define RNN_PARAMETERS                                                                                 \
+  Tensor x, Tensors weight_ih, Tensors weight_hh, Tensors bias_ih, Tensors bias_hh, Tensors weight_hr, \
+      Tensors peephole, Tensors norm_gain, Tensors norm_shift, MaybeTensor h0, MaybeTensor c0,         \
+      MaybeTensor lengths, MaybeTensor resets, MaybeTensor mask_h, MaybeTensor mask_c,                 \
+      MaybeTensor zoneout_h, MaybeTensor zoneout_c, int64_t cell, int64_t activation,                  \
+      std::optional<double> cell_clip, std::optional<double> proj_clip, double norm_eps, bool reverse
+#define RNN_ARGUMENTS                                                                                       \
+  Arguments {                                                                                               \
+    x, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, norm_gain, norm_shift, h0, c0, lengths, \
+        resets, mask_h, mask_c, zoneout_h, zoneout_c, cell, activation, cell_clip, proj_clip, norm_eps,     \
+        reverse                                                                                             \
   }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer(RNN_PARAMETERS, bool all_states) {
@@ -363,9 +373,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_infer(RNN_PARAMETERS, bool all_
   return {out.y, out.c_all, out.h_n, out.c_n};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensors> layer_backward(MaybeTensor dy, MaybeTensor dc_all, MaybeTensor dh_n,
-                                                           MaybeTensor dc_n, RNN_PARAMETERS, Tensor y, Tensor tape,
-                                                           bool need_dx, bool need_dstate, bool need_dweights) {
+std::tuple<Tensor, Tensor, Tensor, Tensors> layer_backward(MaybeTensor dy, MaybeTensor dc_all,
+                                                           MaybeTensor dh_n, MaybeTensor dc_n, RNN_PARAMETERS,
+                                                           Tensor y, Tensor tape, bool need_dx,
+                                                           bool need_dstate, bool need_dweights) {
   const Needs needs{need_dx, need_dstate, need_dweights};
   LayerGradient grad = wide_type(x) == ScalarType::Double
                            ? backward<double>(dy, dc_all, dh_n, dc_n, RNN_ARGUMENTS, y, tape, needs)
@@ -373,9 +384,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> layer_backward(MaybeTensor dy, Maybe
   return {grad.dx, grad.dh0, grad.dc0, grad.dweights};
 }
 
-// Floors ------------------------------------------------------------------------------------------------------------
+// Floors
+// ------------------------------------------------------------------------------------------------------------
 
-// Repeats work, which returns how much it did, on all threads for about `seconds`; returns the total per nanosecond.
+// Repeats work, which returns how much it did, on all threads for about `seconds`; returns the total per
+// nanosecond.
 template <typename Work>
 double rate(double seconds, int64_t threads, const Work& work) {
   using Clock = std::chrono::steady_clock;

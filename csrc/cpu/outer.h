@@ -1,4 +1,5 @@
-// Products for the backward pass: by weights as they lie, and sums of outer products over all rows of a sequence.
+// Products for the backward pass: by weights as they lie, and sums of outer products over all rows of a
+// sequence.
 #pragma once
 
 #include "cpu/team.h"
@@ -7,8 +8,8 @@
 namespace torchrnn {
 inline namespace RNN_ISA {
 
-// A matrix [K, columns] whose rows are the k of the product, read as panels of 4 vectors of columns. Its rows come in
-// blocks of block_rows; block q of the product is block (q + rotate) % blocks of the matrix.
+// A matrix [K, columns] whose rows are the k of the product, read as panels of 4 vectors of columns. Its rows
+// come in blocks of block_rows; block q of the product is block (q + rotate) % blocks of the matrix.
 template <typename T>
 struct ColumnMatrix {
   static constexpr int N = kLanes<T>;
@@ -47,23 +48,25 @@ struct ColumnMatrix {
     for (int64_t q = 0; q < blocks; ++q)
       for (int64_t r = 0; r < count;) {
         const int64_t height = min64(count - r, tile_rows(4));
-        fma_tile_rows<T, 4>(height, rows + r, q * block_rows, 1, row(q * block_rows) + j * kWidth, stride, block_rows,
-                            acc + r * kWidth, kWidth, accumulate || q > 0);
+        fma_tile_rows<T, 4>(height, rows + r, q * block_rows, 1, row(q * block_rows) + j * kWidth, stride,
+                            block_rows, acc + r * kWidth, kWidth, accumulate || q > 0);
         r += height;
       }
   }
 };
 
-// Rows summed at a time: their panel of 64 floats (128 KB) stays in L2 while the left side passes by, and the result
-// is read and written once per this many rows.
+// Rows summed at a time: their panel of 64 floats (128 KB) stays in L2 while the left side passes by, and the
+// result is read and written once per this many rows.
 constexpr int64_t kOuterDepth = 512;
 constexpr int64_t kOuterTiles = 32;  // tiles of the left side packed at a time
 
-// Distance of two packed tiles of the left side: not a multiple of 4 KB, else all would fall into one set of L1.
+// Distance of two packed tiles of the left side: not a multiple of 4 KB, else all would fall into one set of
+// L1.
 template <typename T>
-constexpr int64_t kOuterStride = kOuterDepth* tile_rows(4) + 64 / sizeof(T);
+constexpr int64_t kOuterStride = kOuterDepth * tile_rows(4) + 64 / sizeof(T);
 
-// out[m][n] (+)= sum over k of left[k][m] * right[k][n], for m in `range`, n in 0..columns-1, k in 0..depth-1.
+// out[m][n] (+)= sum over k of left[k][m] * right[k][n], for m in `range`, n in 0..columns-1, k in
+// 0..depth-1.
 template <typename T>
 void outer_sum(int64_t depth, const T* const* left, int64_t left_offset, const T* const* right, Range range,
                int64_t columns, T* out, bool accumulate, T* memory) {

@@ -1,7 +1,7 @@
 // Which rows are at work at which step, and where their previous state is.
 //
-// A row counts its own steps s = 0, 1, ..., in the order in which its direction runs: backwards, s = 0 is the row's
-// last step. Rows are sorted by falling length, so the rows at work at any s are the first ones.
+// A row counts its own steps s = 0, 1, ..., in the order in which its direction runs: backwards, s = 0 is the
+// row's last step. Rows are sorted by falling length, so the rows at work at any s are the first ones.
 #pragma once
 
 #include "cpu/tile.h"
@@ -40,8 +40,8 @@ struct Rows {
   int64_t length(int64_t b) const { return lengths == nullptr ? steps : lengths[b]; }
   int64_t time(int64_t b, int64_t s, bool backwards) const { return backwards ? length(b) - 1 - s : s; }
 
-  // Whether the state must be forgotten before step s of row b. Backwards the mark between the two steps is the one
-  // of the later step, and the first step has none.
+  // Whether the state must be forgotten before step s of row b. Backwards the mark between the two steps is
+  // the one of the later step, and the first step has none.
   bool cut(int64_t b, int64_t s, bool backwards) const {
     if (resets == nullptr || (backwards && s == 0)) return false;
     return resets[time(b, s, backwards) * batch + b + (backwards ? batch : 0)];

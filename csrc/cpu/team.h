@@ -14,8 +14,8 @@
 namespace torchrnn {
 inline namespace RNN_ISA {
 
-// Waits a little by spinning, since a step takes microseconds, then yields: another process may need the core on
-// which a member of the team is to arrive.
+// Waits a little by spinning, since a step takes microseconds, then yields: another process may need the core
+// on which a member of the team is to arrive.
 struct alignas(64) Barrier {
   int arrived = 0;
   int phase = 0;
@@ -49,17 +49,15 @@ struct FlushDenormals {
 #endif
 };
 
-struct Range {
-  int64_t begin, end;
-};
+struct Range { int64_t begin, end; };
 
 // Part `id` of `parts` about equal parts of 0..count-1.
 RNN_FN Range share(int64_t count, int64_t id, int64_t parts) {
   return {count * id / parts, count * (id + 1) / parts};
 }
 
-// One thread's part of a direction: every rows_step-th row from row_first on, and the units-th of unit_parts parts of
-// the columns. Threads with the same rows form a group that meets at a barrier after each step.
+// One thread's part of a direction: every rows_step-th row from row_first on, and the units-th of unit_parts
+// parts of the columns. Threads with the same rows form a group that meets at a barrier after each step.
 struct Slice {
   int row_part, row_parts;
   int unit_part, unit_parts;
@@ -72,8 +70,8 @@ struct Slice {
   Range units(int64_t panels) const { return share(panels, unit_part, unit_parts); }
 };
 
-// How a team of `size` shares `directions` directions: whole directions first, since they do not wait for each other,
-// then rows or units.
+// How a team of `size` shares `directions` directions: whole directions first, since they do not wait for
+// each other, then rows or units.
 struct Plan {
   int direction_parts, row_parts, unit_parts;
 
@@ -87,8 +85,8 @@ struct Plan {
       if (team % parts != 0) continue;
       // Up to four rows cost no more than one: reading the weights is the work then.
       const int64_t rows = max64(ceil_div(batch, parts), 4), columns = ceil_div(panels, team / parts);
-      // A thread that shares rows with nobody needs no barrier, but its cache must hold all the weights, or its rows
-      // must be enough to pay for reading them.
+      // A thread that shares rows with nobody needs no barrier, but its cache must hold all the weights, or
+      // its rows must be enough to pay for reading them.
       const bool cached = weight_bytes / (team / parts) <= 512 * 1024 || rows >= 24;
       const int64_t cost = rows * columns * 16 + (cached ? 0 : 4 * columns) + (parts == team ? 0 : 4);
       if (cost < best) best = cost, row_parts = parts, unit_parts = team / parts;

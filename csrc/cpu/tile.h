@@ -1,8 +1,8 @@
 // Register tiles: the products that everything on the CPU is made of.
 //
-// A panel holds C vectors of N columns of a matrix, packed as [K][C][N]; a tile is R rows times one panel, summed in
-// R*C registers. Rows of the left side are given by pointers, so that they may lie anywhere. All sums run in the order
-// of k, whatever the blocking, so results do not depend on it.
+// A panel holds C vectors of N columns of a matrix, packed as [K][C][N]; a tile is R rows times one panel,
+// summed in R*C registers. Rows of the left side are given by pointers, so that they may lie anywhere. All
+// sums run in the order of k, whatever the blocking, so results do not depend on it.
 #pragma once
 
 #include "cells/vec.h"
@@ -19,7 +19,8 @@ using VecOf = Vec<T, kLanes<T>>;
 // R*C sums, R broadcast values and one weight must fit into the registers.
 constexpr int tile_rows(int C) { return (kRegisters - 1) / (C + 1); }
 
-// A panel is walked in blocks of this many k, so that a block (32 KB for C = 4) is still in L1 for the next tile.
+// A panel is walked in blocks of this many k, so that a block (32 KB for C = 4) is still in L1 for the next
+// tile.
 constexpr int64_t kDepthBlock = 128;
 
 RNN_FN int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -55,8 +56,8 @@ __attribute__((noinline)) void fma_tile(const T* const* rows, int64_t k0, int64_
         const V w0 = V::load(w + c * N), w1 = V::load(w + w_stride + c * N);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-          sum[r][c] += V(a[r][offset]) * w0;
-          odd[r][c] += V(a[r][offset + a_stride]) * w1;
+          sum[r][c] += V::broadcast(a[r] + offset) * w0;
+          odd[r][c] += V::broadcast(a[r] + offset + a_stride) * w1;
         }
       }
       w += 2 * w_stride, offset += 2 * a_stride;
@@ -69,7 +70,7 @@ __attribute__((noinline)) void fma_tile(const T* const* rows, int64_t k0, int64_
   for (; depth > 0; --depth) {
     V left[R];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) left[r] = V(a[r][offset]);
+    for (int r = 0; r < R; ++r) left[r] = V::broadcast(a[r] + offset);
 #pragma GCC unroll 16
     for (int c = 0; c < C; ++c) {
       const V right = V::load(w + c * N);
@@ -90,13 +91,15 @@ RNN_FN void fma_tile_rows(int64_t count, const T* const* rows, int64_t k0, int64
                           int64_t w_stride, int64_t depth, T* acc, int64_t acc_stride, bool accumulate) {
   if constexpr (R > 1)
     if (count < R)
-      return fma_tile_rows<T, C, R - 1>(count, rows, k0, a_stride, w, w_stride, depth, acc, acc_stride, accumulate);
+      return fma_tile_rows<T, C, R - 1>(count, rows, k0, a_stride, w, w_stride, depth, acc, acc_stride,
+                                        accumulate);
   fma_tile<T, R, C>(rows, k0, a_stride, w, w_stride, depth, acc, acc_stride, accumulate);
 }
 
 // acc[count][C*N] (+)= rows times a panel, in tiles of about equal height, blocked over k.
 template <typename T, int C>
-void panel_product(int64_t count, const T* const* rows, const T* panel, int64_t depth, T* acc, bool accumulate) {
+void panel_product(int64_t count, const T* const* rows, const T* panel, int64_t depth, T* acc,
+                   bool accumulate) {
   constexpr int64_t kWidth = C * kLanes<T>;
   const int64_t tiles = ceil_div(count, tile_rows(C));
   const int64_t block = tiles == 1 ? depth : kDepthBlock;
@@ -111,8 +114,8 @@ void panel_product(int64_t count, const T* const* rows, const T* panel, int64_t 
   }
 }
 
-// dst[k][n] = columns[n][k]: packs weights whose rows are the columns of a panel. Blocks of 16 k keep the lines being
-// written in L1.
+// dst[k][n] = columns[n][k]: packs weights whose rows are the columns of a panel. Blocks of 16 k keep the
+// lines being written in L1.
 template <typename T>
 void pack_transposed(const T* const* columns, int64_t width, int64_t depth, T* dst) {
   for (int64_t k0 = 0; k0 < depth; k0 += 16) {
@@ -122,11 +125,11 @@ void pack_transposed(const T* const* columns, int64_t width, int64_t depth, T* d
   }
 }
 
-// acc[r][n] = rows[r] . columns[n] without packing, for so few rows that packing would cost more than it saves.
-// Columns that are `zeros` are padding; if the first of kColumns is, so are the others.
+// acc[r][n] = rows[r] . columns[n] without packing, for so few rows that packing would cost more than it
+// saves. Columns that are `zeros` are padding; if the first of kColumns is, so are the others.
 template <typename T, int R, int kColumns>
-__attribute__((noinline)) void dot_tile(const T* const* rows, const T* const* columns, const T* zeros, int64_t width,
-                                        int64_t depth, T* acc) {
+__attribute__((noinline)) void dot_tile(const T* const* rows, const T* const* columns, const T* zeros,
+                                        int64_t width, int64_t depth, T* acc) {
   using V = VecOf<T>;
   constexpr int N = V::kSize;
   for (int64_t n = 0; n < width; n += kColumns) {
@@ -157,8 +160,8 @@ __attribute__((noinline)) void dot_tile(const T* const* rows, const T* const* co
   }
 }
 
-// One matrix whose rows are gates: [G*H, K] in the order of torch, read as panels of U vectors of units, all G gates
-// of a unit in one panel, so that a tile holds all that a unit's cell needs.
+// One matrix whose rows are gates: [G*H, K] in the order of torch, read as panels of U vectors of units, all
+// G gates of a unit in one panel, so that a tile holds all that a unit's cell needs.
 template <typename T, int G, int U>
 struct GateMatrix {
   static constexpr int kLanesPerVector = kLanes<T>;
@@ -193,12 +196,14 @@ struct GateMatrix {
 
   // acc[count][kWidth] = rows times panel j.
   void product(int64_t j, int64_t count, const T* const* rows, T* acc) const {
-    if (packed != nullptr) return panel_product<T, G * U>(count, rows, packed + j * depth * kWidth, depth, acc, false);
+    if (packed != nullptr)
+      return panel_product<T, G * U>(count, rows, packed + j * depth * kWidth, depth, acc, false);
     const T* column[kWidth];
     columns(j, column);
     int64_t r = 0;
     constexpr int kColumns = kWidth % 4 == 0 ? 4 : 2;
-    for (; r + 4 <= count; r += 4) dot_tile<T, 4, kColumns>(rows + r, column, zeros, kWidth, depth, acc + r * kWidth);
+    for (; r + 4 <= count; r += 4)
+      dot_tile<T, 4, kColumns>(rows + r, column, zeros, kWidth, depth, acc + r * kWidth);
     for (; r < count; ++r) dot_tile<T, 1, kColumns>(rows + r, column, zeros, kWidth, depth, acc + r * kWidth);
   }
 };

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from typing import TypeVar
 
-import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -64,8 +63,6 @@ def convert(model: _Model, to: str = "torchrnn") -> _Model:
     targets = _OURS if to == "torchrnn" else _THEIRS
     swaps, left = [], []
     for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            continue
         plain = parametrize.type_before_parametrizations(module)
         if plain in targets and "forward" not in module.__dict__:
             swaps.append((name, module, targets[plain]))
