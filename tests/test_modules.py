@@ -1,8 +1,9 @@
-"""The layers keep the contract of the torch.nn layers: parameters, state, pickling, parametrization, layouts."""
+"""The layers keep the contract of the torch.nn layers: parameters, pickling, parametrization, layouts."""
 
 from __future__ import annotations
 
 import copy
+import doctest
 import io
 import pickle
 import warnings
@@ -64,7 +65,7 @@ def test_constructor_takes_positional_arguments_and_dtype(name: str) -> None:
     args: tuple[Any, ...] = (3, 5, 2, True, True, 0.25, True)
     if name == "RNN":
         args = (*args[:3], "relu", *args[3:])
-    ours, theirs = getattr(torchrnn, name)(*args, dtype=torch.float64), getattr(nn, name)(*args, dtype=torch.float64)
+    ours, theirs = (getattr(library, name)(*args, dtype=torch.float64) for library in (torchrnn, nn))
     assert repr(ours) == repr(theirs)
     for attribute in ("mode", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size"):
         assert getattr(ours, attribute) == getattr(theirs, attribute)
@@ -95,7 +96,7 @@ def test_copies_compute_the_same_and_are_independent(name: str, how: str) -> Non
     if how == "deepcopy":
         other = copy.deepcopy(layer)
     elif how == "pickle":
-        other = pickle.loads(pickle.dumps(layer))  # noqa: S301
+        other = pickle.loads(pickle.dumps(layer))
     else:
         buffer = io.BytesIO()
         torch.save(layer, buffer)
@@ -123,7 +124,7 @@ def test_state_of_a_pickled_torch_layer_is_accepted(name: str) -> None:
     assert "_flat_weights" not in vars(ours)
     assert repr(ours) == repr(theirs)
     ours.reset_parameters()
-    assert type(pickle.loads(pickle.dumps(ours))) is type(ours)  # noqa: S301
+    assert type(pickle.loads(pickle.dumps(ours))) is type(ours)
 
 
 def test_state_of_old_torch_versions_is_accepted() -> None:
@@ -170,7 +171,8 @@ def test_unbatched_input(name: str, batch_first: bool) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_batch_of_no_rows(path: str, name: str, batch_first: bool) -> None:
-    modules = trio(lambda library: getattr(library, name)(3, 5, 2, bidirectional=True, batch_first=batch_first))
+    options = {"num_layers": 2, "bidirectional": True, "batch_first": batch_first}
+    modules = trio(lambda library: getattr(library, name)(3, 5, **options))
     x = torch.randn((0, 4, 3) if batch_first else (4, 0, 3), requires_grad=True)
     results = modules.ours(x), modules.theirs(x)
     assert [leaf.shape for leaf in leaves(results[0])] == [leaf.shape for leaf in leaves(results[1])]
@@ -250,14 +252,13 @@ def test_dropped_weights_are_seen_and_get_gradients() -> None:
 @pytest.mark.parametrize("name", LAYERS)
 def test_functional_call_uses_the_given_parameters(name: str) -> None:
     modules = trio(lambda library: getattr(library, name)(3, 5))
-    given = [
-        {key: torch.randn_like(value) for key, value in modules.theirs.state_dict().items()},
-    ] * 2
-    exact = {key: value.double() for key, value in given[0].items()}
+    given = {key: torch.randn_like(value) for key, value in modules.theirs.state_dict().items()}
     x = torch.randn(4, 2, 3)
     before = modules.ours(x)[0]
-    ours, theirs = (torch.func.functional_call(m, p, (x,)) for m, p in zip(modules[:2], given, strict=True))
-    assert_close_to_f64(ours, theirs, torch.func.functional_call(modules.exact, exact, (x.double(),)), x.dtype)
+    ours, theirs = (torch.func.functional_call(module, given, (x,)) for module in modules[:2])
+    doubles = {key: value.double() for key, value in given.items()}
+    exact = torch.func.functional_call(modules.exact, doubles, (x.double(),))
+    assert_close_to_f64(ours, theirs, exact, x.dtype)
     assert torch.equal(modules.ours(x)[0], before)
     assert not torch.equal(ours[0], before)
 
@@ -276,7 +277,7 @@ def test_autocast_computes_in_its_dtype(name: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         y, hx = layer(x)
         with pytest.raises(ValueError, match=r"lengths must be \[B\]"):
-            layer(x, lengths=[1])
+            layer(x.bfloat16(), lengths=[1])
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
@@ -297,7 +298,7 @@ def test_forget_bias_sets_the_forget_gate_only() -> None:
             expected[5:10] = 1.5 if name.startswith("bias_ih") else 0
         assert torch.equal(ours, expected), name
     assert repr(lstm) == "LSTM(3, 5, num_layers=2, bidirectional=True, forget_bias=1.5)"
-    assert pickle.loads(pickle.dumps(lstm)).forget_bias == 1.5  # noqa: S301
+    assert pickle.loads(pickle.dumps(lstm)).forget_bias == 1.5
 
 
 def test_reset_before_is_the_equation_of_the_paper(path: str) -> None:
@@ -313,3 +314,12 @@ def test_reset_before_is_the_equation_of_the_paper(path: str) -> None:
         torch.testing.assert_close(y[t], h)
     torch.testing.assert_close(h_n[0], h)
     assert "reset_after=False" in repr(gru)
+
+
+@pytest.mark.parametrize("name", [*LAYERS, "LSTMCell", "GRUCell", "RNNCell", "convert"])
+def test_docstring_examples_run(name: str) -> None:
+    subject = getattr(torchrnn, name)
+    finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner()
+    (example,) = finder.find(subject, name, globs={"torch": torch, "torchrnn": torchrnn})
+    assert example.examples
+    assert runner.run(example).failed == 0

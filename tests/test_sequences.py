@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
-from conftest import leaves, trio
+from conftest import Trio, leaves, trio
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
@@ -24,54 +25,49 @@ def initial(name: str, layers: int, rows: int = ROWS, batched: bool = True) -> A
     return (h, torch.randn(shape, requires_grad=True)) if name == "LSTM" else h
 
 
+def pair_of_layers(name: str, **options: Any) -> Trio:
+    return trio(lambda library: getattr(library, name)(INPUTS, HIDDEN, 2, bidirectional=True, **options))
+
+
+def in_segments(layer: Any, x: Tensor, first: list[Tensor], marks: list[int]) -> tuple[Tensor, list[Tensor]]:
+    """Runs torch.nn's layer on one row x [T, I] with a cut before each marked step; states are [L*D, R]."""
+    backward = (torch.arange(first[0].size(0)) % 2 == 1).view(-1, 1)
+    pieces, last = [], first
+    for begin, end in itertools.pairwise(sorted({0, *marks, x.size(0)})):
+        # A direction has the given state in the segment where it starts, and leaves one where it ends.
+        starts = torch.where(backward, end == x.size(0), begin == 0 and 0 not in marks)
+        ends = torch.where(backward, begin == 0, end == x.size(0))
+        given = [torch.where(starts, state, 0) for state in first]
+        piece, ended = layer(x[begin:end], tuple(given) if len(given) == 2 else given[0])
+        pieces.append(piece)
+        last = [torch.where(ends, new, old) for new, old in zip(leaves(ended), last, strict=True)]
+    return torch.cat([x.new_zeros(0, 2 * HIDDEN), *pieces]), last
+
+
 def row_by_row(lengths: list[int], resets: Tensor | None = None, batch_first: bool = False) -> Any:
     """Returns how torch.nn computes rows with lengths and resets: each row and each segment on its own."""
 
     def run(layer: Any, x: Tensor, hx: Any = None) -> Any:
         x = x.transpose(0, 1) if batch_first else x
-        directions = 2 if layer.bidirectional else 1
-        zeros = x.new_zeros(layer.num_layers * directions, x.size(1), layer.hidden_size)
-        states = [zeros] * len(leaves(layer(x)[1])) if hx is None else leaves(hx)
-        backward = (torch.arange(zeros.size(0)) % directions == 1).view(-1, 1)
+        states = leaves(hx)
+        if hx is None:
+            states = [x.new_zeros(4, ROWS, HIDDEN)] * len(leaves(layer(x)[1]))
         outputs, finals = [], []
         for row, steps in enumerate(lengths):
-            first = [state[:, row] for state in states]
-            marks = [] if resets is None else (resets[:steps, row].nonzero().flatten().tolist())
-            bounds = [0, *(mark for mark in marks if mark > 0), steps]
-            pieces, last = [], first if steps == 0 else []
-            for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
-                if end == begin:
-                    continue
-                # A direction has the given state only in the segment where it starts.
-                enters_forward, enters_backward = begin == 0 and 0 not in marks, end == steps
-                own = torch.where(backward, torch.tensor(enters_backward), torch.tensor(enters_forward))
-                given = [torch.where(own, state, 0) for state in first]
-                piece, ended = layer_on(layer, x[begin:end, row], given)
-                pieces.append(piece)
-                leaves_here = torch.where(backward, torch.tensor(begin == 0), torch.tensor(end == steps))
-                last = [
-                    torch.where(leaves_here, new, old)
-                    for new, old in zip(ended, last or [torch.zeros_like(e) for e in ended], strict=True)
-                ]
-            empty = x.new_zeros(x.size(0) - steps, layer.hidden_size * directions)
-            outputs.append(torch.cat([*pieces, empty]))
+            marks = [] if resets is None else resets[:steps, row].nonzero().flatten().tolist()
+            y, last = in_segments(layer, x[:steps, row], [state[:, row] for state in states], marks)
+            outputs.append(F.pad(y, (0, 0, 0, STEPS - steps)))
             finals.append(last)
-        y = torch.stack(outputs, 0 if batch_first else 1)
         hidden = tuple(torch.stack(parts, 1) for parts in zip(*finals, strict=True))
-        return y, hidden if len(hidden) == 2 else hidden[0]
+        return torch.stack(outputs, 0 if batch_first else 1), hidden if len(hidden) == 2 else hidden[0]
 
     return run
-
-
-def layer_on(layer: Any, x: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    y, ended = layer(x, tuple(states) if len(states) == 2 else states[0])
-    return y, leaves(ended)
 
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_lengths_in_any_order_and_zero(path: str, name: str, batch_first: bool) -> None:
-    modules = trio(lambda library: getattr(library, name)(3, 5, 2, bidirectional=True, batch_first=batch_first))
+    modules = pair_of_layers(name, batch_first=batch_first)
     x = torch.randn((ROWS, STEPS, 3) if batch_first else (STEPS, ROWS, 3), requires_grad=True)
     through = row_by_row(LENGTHS, batch_first=batch_first)
     hx = initial(name, 4)
@@ -91,7 +87,7 @@ def test_lengths_are_what_packing_gives(path: str, name: str) -> None:
         y, hx = layer(pack_padded_sequence(x, lengths, enforce_sorted=False))
         return pad_packed_sequence(y)[0], hx
 
-    modules = trio(lambda library: getattr(library, name)(3, 5, 2, bidirectional=True))
+    modules = pair_of_layers(name)
     x = torch.randn(STEPS, 3, 3, requires_grad=True)
     y, _ = modules.check(x, through=packed, lengths=lengths)
     assert torch.equal(packed(modules.ours, x)[0], y)
@@ -101,7 +97,7 @@ def test_lengths_are_what_packing_gives(path: str, name: str) -> None:
 @pytest.mark.parametrize("lengths", [[6, 4, 4, 1], [1, 6, 2, 5], [3, 3]], ids=str)
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_packed_sequences(path: str, name: str, lengths: list[int], batch_first: bool) -> None:
-    modules = trio(lambda library: getattr(library, name)(3, 5, 2, bidirectional=True, batch_first=batch_first))
+    modules = pair_of_layers(name, batch_first=batch_first)
     rows = len(lengths)
     packed = pack_padded_sequence(torch.randn(STEPS, rows, 3), torch.tensor(lengths), enforce_sorted=False)
     if lengths == sorted(lengths, reverse=True):
@@ -129,7 +125,7 @@ def test_more_states_than_packed_rows_are_taken_as_torch_takes_them() -> None:
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("given", [False, True])
 def test_packed_rows_of_length_zero(path: str, name: str, given: bool) -> None:
-    modules = trio(lambda library: getattr(library, name)(3, 5, 2, bidirectional=True))
+    modules = pair_of_layers(name)
     order = torch.tensor(LENGTHS).argsort(descending=True, stable=True)
     x = torch.randn(STEPS, ROWS, 3)
     full = pack_padded_sequence(x[:, order[:-1]], torch.tensor(LENGTHS)[order[:-1]])
@@ -173,8 +169,8 @@ def test_padding_is_never_read(path: str, name: str) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_resets_split_the_sequence_in_both_directions(path: str, name: str, cut: bool, batch_first: bool) -> None:
-    modules = trio(lambda library: getattr(library, name)(3, 5, 2, bidirectional=True, batch_first=batch_first))
+def test_resets_split_the_sequence(path: str, name: str, cut: bool, batch_first: bool) -> None:
+    modules = pair_of_layers(name, batch_first=batch_first)
     resets = torch.zeros(STEPS, ROWS, dtype=torch.bool)
     for step, row in ((0, 0), (1, 0), (5, 0), (2, 2), (3, 2), (0, 3), (4, 4), (1, 4), (0, 1)):
         resets[step, row] = True

@@ -40,11 +40,6 @@ def _load() -> str | None:
     return None
 
 
-def has_kernels(device: torch.device) -> bool:
-    """Whether ops on this device run compiled kernels, not the reference."""
-    return WHY_NOT is None and device.type == "cpu"
-
-
 def isa() -> str | None:
     """Returns the instruction set in use, or None without kernels."""
     return ISAS[torch.ops.torchrnn.isa()] if WHY_NOT is None else None

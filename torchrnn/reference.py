@@ -167,6 +167,11 @@ def layer(a: Arguments, options: Options, all_states: bool = False) -> tuple[Ten
         likewise, or an empty tensor if not wanted or not there; the final states [D, B, R] and [D, B, H], c_n
         empty for a cell without memory.
     """
+    device = a.x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        # Autocast would round the products to its own dtype.
+        with torch.autocast(device, enabled=False):
+            return layer(a, options, all_states)
     dtype = a.x.dtype
     wide = torch.promote_types(dtype, torch.float32)
     outputs = [_direction(a, options, d, wide) for d in range(len(a.weight_ih))]

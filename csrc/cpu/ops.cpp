@@ -138,9 +138,9 @@ ScalarType wide_type(const Tensor& x) {
 
 // What the ops have in common, in the order of their schemas.
 struct Arguments {
-  Tensor x;
-  Tensors weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, norm_gain, norm_shift;
-  MaybeTensor h0, c0, lengths, resets, mask_h, mask_c, zoneout_h, zoneout_c;
+  const Tensor& x;
+  const Tensors &weight_ih, &weight_hh, &bias_ih, &bias_hh, &weight_hr, &peephole, &norm_gain, &norm_shift;
+  const MaybeTensor &h0, &c0, &lengths, &resets, &mask_h, &mask_c, &zoneout_h, &zoneout_c;
   int64_t cell, activation;
   std::optional<double> cell_clip, proj_clip;
   double norm_eps;
@@ -155,24 +155,27 @@ class Widened {
 
   // In the kernels' dtype, the last dimension with stride 1.
   Tensor rows(const Tensor& tensor) {
-    Tensor wide = tensor.scalar_type() == dtype_ ? tensor : torch::stable::to(tensor, dtype_);
-    const int64_t last = wide.dim() - 1;
-    return keep(wide.size(last) <= 1 || wide.stride(last) == 1 ? wide : torch::stable::contiguous(wide));
+    const int64_t last = tensor.dim() - 1;
+    if (tensor.scalar_type() == dtype_ && (tensor.size(last) <= 1 || tensor.stride(last) == 1)) return tensor;
+    return dense_tensor(tensor, dtype_);
   }
-  const T* dense(const Tensor& tensor) {
-    const Tensor wide = tensor.scalar_type() == dtype_ ? tensor : torch::stable::to(tensor, dtype_);
-    return keep(torch::stable::contiguous(wide)).template const_data_ptr<T>();
-  }
+  const T* dense(const Tensor& tensor) { return dense_tensor(tensor, dtype_).template const_data_ptr<T>(); }
   const T* dense(const MaybeTensor& tensor) { return tensor.has_value() ? dense(*tensor) : nullptr; }
   const T* dense(const Tensors& tensors, int64_t d) { return tensors.empty() ? nullptr : dense(tensors[d]); }
   template <typename U>
   const U* dense_as(const MaybeTensor& tensor, ScalarType dtype) {
     if (!tensor.has_value()) return nullptr;
-    const Tensor converted = tensor->scalar_type() == dtype ? *tensor : torch::stable::to(*tensor, dtype);
-    return keep(torch::stable::contiguous(converted)).template const_data_ptr<U>();
+    return dense_tensor(*tensor, dtype).template const_data_ptr<U>();
   }
 
  private:
+  // A tensor that is as it should be is alive for the call anyway, and is spared the calls of torch's
+  // operators: they would cost more than a small step.
+  Tensor dense_tensor(const Tensor& tensor, ScalarType dtype) {
+    const bool converts = tensor.scalar_type() != dtype;
+    if (!converts && tensor.is_contiguous()) return tensor;
+    return keep(torch::stable::contiguous(converts ? torch::stable::to(tensor, dtype) : tensor));
+  }
   Tensor keep(const Tensor& tensor) {
     kept_.push_back(tensor);
     return tensor;
@@ -235,8 +238,21 @@ LayerParams<T> layer_params(const Arguments& a, Widened<T>& wide) {
   return p;
 }
 
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, std::vector<int64_t>(shape), dtype);
+// By the shim: torch::stable::new_empty goes through the dispatcher, and small steps would feel it.
+Tensor empty(const int64_t* shape, int64_t dim, ScalarType dtype) {
+  constexpr int64_t kMaxDim = 4;
+  STD_TORCH_CHECK(dim <= kMaxDim, "at most 4 dimensions are needed, got ", dim);
+  int64_t strides[kMaxDim];
+  for (int64_t i = dim, stride = 1; i-- > 0; stride *= shape[i] > 0 ? shape[i] : 1) strides[i] = stride;
+  const int32_t code = dtype == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, shape, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype) {
+  return empty(shape.begin(), int64_t(shape.size()), dtype);
 }
 
 Tensor rounded(const Tensor& tensor, ScalarType dtype) {
@@ -255,12 +271,12 @@ LayerOutput forward(const Arguments& a, bool all_states, bool training) {
   LayerParams<T> p = layer_params<T>(a, wide);
   const CellInfo info = cell_info(a.cell);
   const auto maybe = [&](bool wanted, std::initializer_list<int64_t> shape) {
-    return wanted ? empty(a.x, shape, wide_dtype) : empty(a.x, {0}, wide_dtype);
+    return wanted ? empty(shape, wide_dtype) : empty({0}, wide_dtype);
   };
   LayerOutput out{
-      empty(a.x, {p.steps, p.batch, p.directions * p.outputs}, wide_dtype),
+      empty({p.steps, p.batch, p.directions * p.outputs}, wide_dtype),
       maybe(all_states && info.memory, {p.steps, p.batch, p.directions * p.hidden}),
-      empty(a.x, {p.directions, p.batch, p.outputs}, wide_dtype),
+      empty({p.directions, p.batch, p.outputs}, wide_dtype),
       maybe(info.memory, {p.directions, p.batch, p.hidden}),
       maybe(training, {p.directions, p.steps, p.batch, info.tape * p.hidden}),
   };
@@ -317,12 +333,8 @@ LayerGradient backward(const MaybeTensor& dy, const MaybeTensor& dc_all, const M
   // Allocates a gradient of the shape of `like` if it is wanted, else an empty tensor.
   const auto gradient = [&](const MaybeTensor& like, bool wanted, T*& pointer) {
     wanted = wanted && like.has_value();
-    std::vector<int64_t> shape{0};
-    if (wanted) {
-      shape.clear();
-      for (int64_t i = 0; i < like->dim(); ++i) shape.push_back(like->size(i));
-    }
-    const Tensor result = torch::stable::new_empty(a.x, shape, wide_dtype);
+    const Tensor result =
+        wanted ? empty(like->sizes().data(), like->dim(), wide_dtype) : empty({0}, wide_dtype);
     pointer = wanted ? result.template mutable_data_ptr<T>() : nullptr;
     return result;
   };
@@ -350,11 +362,12 @@ LayerGradient backward(const MaybeTensor& dy, const MaybeTensor& dc_all, const M
   return grad;
 }
 
-#define RNN_PARAMETERS                                                                                 \
-  Tensor x, Tensors weight_ih, Tensors weight_hh, Tensors bias_ih, Tensors bias_hh, Tensors weight_hr, \
-      Tensors peephole, Tensors norm_gain, Tensors norm_shift, MaybeTensor h0, MaybeTensor c0,         \
-      MaybeTensor lengths, MaybeTensor resets, MaybeTensor mask_h, MaybeTensor mask_c,                 \
-      MaybeTensor zoneout_h, MaybeTensor zoneout_c, int64_t cell, int64_t activation,                  \
+#define RNN_PARAMETERS                                                                                     \
+  const Tensor &x, const Tensors &weight_ih, const Tensors &weight_hh, const Tensors &bias_ih,             \
+      const Tensors &bias_hh, const Tensors &weight_hr, const Tensors &peephole, const Tensors &norm_gain, \
+      const Tensors &norm_shift, const MaybeTensor &h0, const MaybeTensor &c0, const MaybeTensor &lengths, \
+      const MaybeTensor &resets, const MaybeTensor &mask_h, const MaybeTensor &mask_c,                     \
+      const MaybeTensor &zoneout_h, const MaybeTensor &zoneout_c, int64_t cell, int64_t activation,        \
       std::optional<double> cell_clip, std::optional<double> proj_clip, double norm_eps, bool reverse
 #define RNN_ARGUMENTS                                                                                       \
   Arguments {                                                                                               \
@@ -373,10 +386,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_infer(RNN_PARAMETERS, bool all_
   return {out.y, out.c_all, out.h_n, out.c_n};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensors> layer_backward(MaybeTensor dy, MaybeTensor dc_all,
-                                                           MaybeTensor dh_n, MaybeTensor dc_n, RNN_PARAMETERS,
-                                                           Tensor y, Tensor tape, bool need_dx,
-                                                           bool need_dstate, bool need_dweights) {
+std::tuple<Tensor, Tensor, Tensor, Tensors> layer_backward(const MaybeTensor& dy, const MaybeTensor& dc_all,
+                                                           const MaybeTensor& dh_n, const MaybeTensor& dc_n,
+                                                           RNN_PARAMETERS, const Tensor& y,
+                                                           const Tensor& tape, bool need_dx, bool need_dstate,
+                                                           bool need_dweights) {
   const Needs needs{need_dx, need_dstate, need_dweights};
   LayerGradient grad = wide_type(x) == ScalarType::Double
                            ? backward<double>(dy, dc_all, dh_n, dc_n, RNN_ARGUMENTS, y, tape, needs)

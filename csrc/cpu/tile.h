@@ -1,8 +1,8 @@
 // Register tiles: the products that everything on the CPU is made of.
 //
 // A panel holds C vectors of N columns of a matrix, packed as [K][C][N]; a tile is R rows times one panel,
-// summed in R*C registers. Rows of the left side are given by pointers, so that they may lie anywhere. All
-// sums run in the order of k, whatever the blocking, so results do not depend on it.
+// summed in R*C registers. Rows of the left side are given by pointers, so that they may lie anywhere. The
+// order of every sum follows from the sizes alone, so results repeat to the bit.
 #pragma once
 
 #include "cells/vec.h"
@@ -20,8 +20,9 @@ using VecOf = Vec<T, kLanes<T>>;
 constexpr int tile_rows(int C) { return (kRegisters - 1) / (C + 1); }
 
 // A panel is walked in blocks of this many k, so that a block (32 KB for C = 4) is still in L1 for the next
-// tile.
-constexpr int64_t kDepthBlock = 128;
+// tile. A single tile takes longer blocks. Blocks are summed apart and then added, which rounds less than one
+// long sum does.
+constexpr int64_t kDepthBlock = 128, kDepthBlockOfOneTile = 512;
 
 RNN_FN int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 RNN_FN int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -40,7 +41,7 @@ __attribute__((noinline)) void fma_tile(const T* const* rows, int64_t k0, int64_
   for (int r = 0; r < R; ++r) {
     a[r] = rows[r] + k0 * a_stride;
 #pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) sum[r][c] = accumulate ? V::load(acc + r * acc_stride + c * N) : V(T(0));
+    for (int c = 0; c < C; ++c) sum[r][c] = V(T(0));
   }
   int64_t offset = 0;
   // Few sums leave the multiply-add units waiting for each other: two of each then, one for every other k.
@@ -82,7 +83,11 @@ __attribute__((noinline)) void fma_tile(const T* const* rows, int64_t k0, int64_
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) sum[r][c].store(acc + r * acc_stride + c * N);
+    for (int c = 0; c < C; ++c) {
+      T* out = acc + r * acc_stride + c * N;
+      if (accumulate) sum[r][c] += V::load(out);
+      sum[r][c].store(out);
+    }
 }
 
 // fma_tile for a number of rows known at run time, 1 <= rows <= tile_rows(C).
@@ -102,7 +107,7 @@ void panel_product(int64_t count, const T* const* rows, const T* panel, int64_t 
                    bool accumulate) {
   constexpr int64_t kWidth = C * kLanes<T>;
   const int64_t tiles = ceil_div(count, tile_rows(C));
-  const int64_t block = tiles == 1 ? depth : kDepthBlock;
+  const int64_t block = tiles == 1 ? kDepthBlockOfOneTile : kDepthBlock;
   for (int64_t k0 = 0; k0 < depth || k0 == 0; k0 += block) {
     const int64_t k = min64(block, depth - k0);
     for (int64_t tile = 0, r = 0; tile < tiles; ++tile) {
@@ -204,7 +209,7 @@ struct GateMatrix {
     constexpr int kColumns = kWidth % 4 == 0 ? 4 : 2;
     for (; r + 4 <= count; r += 4)
       dot_tile<T, 4, kColumns>(rows + r, column, zeros, kWidth, depth, acc + r * kWidth);
-    for (; r < count; ++r) dot_tile<T, 1, kColumns>(rows + r, column, zeros, kWidth, depth, acc + r * kWidth);
+    for (; r < count; ++r) dot_tile<T, 1, kWidth % 8 == 0 ? 8 : kColumns>(rows + r, column, zeros, kWidth, depth, acc + r * kWidth);
   }
 };
 
