@@ -58,7 +58,7 @@ struct LayerParams {
   T* c_all;  // [T, B, D*H], likewise; null if not wanted
   T* h_n;    // [D, B, R]
   T* c_n;    // [D, B, H]; null for a cell without c
-  T* tape;   // [D, T, B, kTape, H]: what backward needs; unset past a row's length. Null in inference.
+  T* tape;   // [D, T, B, kTape, H]: what backward needs, zero past a row's length. Null in inference.
 };
 
 template <typename T>

@@ -119,8 +119,8 @@ def doubled(value: Any) -> Any:
 def nudged(value: Any) -> Any:
     """Returns nested float64 tensors as leaves that are off by up to 8 eps.
 
-    Nothing more exact is there to measure torch's own float64 error by. What the rule's 8 eps do to the results
-    when they come in with weights and inputs is an error that no algorithm can be blamed for.
+    Nothing more exact is there to measure torch's own float64 error by. What the rule's 8 eps do to the
+    results when they come in with weights and inputs is an error that no algorithm can be blamed for.
     """
     eps = torch.finfo(torch.float64).eps
     return _mapped(value, lambda tensor: tensor * (1 + 8 * eps * torch.randint_like(tensor, -1, 2)))

@@ -37,7 +37,7 @@ def build(name: str, inputs: int, hidden: int, dtype: torch.dtype, **arguments: 
 
 
 def has_kinks(name: str, dtype: torch.dtype) -> bool:
-    """Whether rounding can turn a unit of relu on or off, upon which its gradient jumps: no bound holds then."""
+    """Whether rounding can turn a relu on or off, upon which its gradient jumps: no bound holds then."""
     return name == "rnn-relu" and dtype in (torch.bfloat16, torch.float16)
 
 

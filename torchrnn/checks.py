@@ -49,8 +49,6 @@ class _Call(NamedTuple):
     @classmethod
     def of(cls, a: Arguments, options: Options) -> _Call:
         name, gates, x = options.cell, CELLS[options.cell].gates, a.x
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: x must be a tensor, got {type(x).__name__}")
         if x.dim() != 3:
             raise ValueError(f"{name}: x must be [T, B, I], got {list(x.shape)}")
         if x.size(0) < 1:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchrnn import _native, reference
+from torchrnn import reference
 from torchrnn.checks import check, transformed
 from torchrnn.options import ACTIVATIONS, CELLS, Options
 from torchrnn.reference import Arguments
@@ -69,6 +69,8 @@ def layer(a: Arguments, options: Options, all_states: bool = False) -> tuple[Ten
         ValueError: If a shape, dtype, device, length or combination does not hold.
         TypeError: If an argument is not a tensor where one is required.
     """
+    if not isinstance(a.x, Tensor):
+        raise TypeError(f"{options.cell}: x must be a tensor, got {type(a.x).__name__}")
     a = _autocast(a)
     check(a, options)
     if a.lengths is not None and a.lengths.device != a.x.device:
@@ -155,7 +157,7 @@ def _layer_infer_reference(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _layer_reference(*args: Any) -> tuple[Tensor, ...]:
-    # The reference keeps nothing, but compilers cache the shape of a tape, and must find it wherever they look.
+    # The reference keeps nothing, but compilers cache the shape of a tape, and must find it everywhere.
     return (*_layer_infer_reference(*args), torch.zeros_like(_layer_fake(*args)[-1]))
 
 

@@ -416,11 +416,15 @@ struct Backward {
 
     void bias_sums(const Block& block) const {
       if (q.dweights[d].bias_ih == nullptr) return;
+      // By a few rows at a time: one long sum would round more than torch does.
+      constexpr int64_t kRows = 32;
       const Range columns = share(D * p.hidden, slice.index(), slice.size());
-      for (int64_t k = 0; k < block.count; ++k)
+      for (int64_t k0 = 0; k0 < block.count; k0 += kRows)
         for (int64_t m = columns.begin; m < columns.end; m += N) {
           const int64_t n = min64(N, columns.end - m);
-          (V::load(state.bias + m, n) + V::load(block.dgates[k] + m, n)).store(state.bias + m, n);
+          V sum(T(0));
+          for (int64_t k = k0; k < min64(k0 + kRows, block.count); ++k) sum += V::load(block.dgates[k] + m, n);
+          (V::load(state.bias + m, n) + sum).store(state.bias + m, n);
         }
     }
 

@@ -398,6 +398,7 @@ struct Forward {
                                           : state.zeros;
         memcpy(p.h_n + (d * p.batch + b) * p.outputs, last, p.outputs * sizeof(T));
         for (int64_t t = length; t < p.steps; ++t) {
+          if (p.tape != nullptr) memset(f.tape(d, t, b), 0, C::kTape * p.hidden * sizeof(T));
           memset(f.y(d, t, b), 0, p.outputs * sizeof(T));
           if (p.c_all != nullptr)
             memset(p.c_all + ((t * p.batch + b) * p.directions + d) * p.hidden, 0, p.hidden * sizeof(T));

@@ -209,7 +209,7 @@ struct GateMatrix {
     constexpr int kColumns = kWidth % 4 == 0 ? 4 : 2;
     for (; r + 4 <= count; r += 4)
       dot_tile<T, 4, kColumns>(rows + r, column, zeros, kWidth, depth, acc + r * kWidth);
-    for (; r < count; ++r) dot_tile<T, 1, kWidth % 8 == 0 ? 8 : kColumns>(rows + r, column, zeros, kWidth, depth, acc + r * kWidth);
+    for (; r < count; ++r) dot_tile<T, 1, kColumns>(rows + r, column, zeros, kWidth, depth, acc + r * kWidth);
   }
 };
 
