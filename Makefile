@@ -31,8 +31,12 @@ help: ## List the targets.
 demo: $(VENV)/.with-demo build/.extension ## Train a small classifier of digits and compare it with torch.nn.
 	@$(BIN)/python examples/digits.py $(ARGS)
 
+# Twice: with the kernels, and without them, so that every op takes its fallback.
+FALLBACK_TESTS := $(addprefix tests/test_,$(addsuffix .py,parity ops native modules sequences cells errors convert))
+
 test: $(VENV)/.with-test build/.extension ## Run the tests (under five minutes); ARGS goes to pytest.
 	@$(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
+	@TORCHRNN_PURE=1 $(BIN)/python -m pytest -q -n $(JOBS) $(FALLBACK_TESTS) $(ARGS)
 
 test-slow: $(VENV)/.with-test build/.extension ## Run the full grids and long runs.
 	@$(BIN)/python -m pytest -q -n $(JOBS) -m slow $(ARGS)

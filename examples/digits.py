@@ -173,7 +173,7 @@ def compare(
             text += f" accuracy {ours.accuracies[-1]:.2%}"
             progress.update(bar, text=text)
         if not console.is_terminal:
-            console.print(f"epoch {epoch + 1:2}/{args.epochs} {text}", highlight=False)
+            console.print(f"epoch {epoch + 1:2}/{args.epochs} {text}")
     return ours, peer
 
 
@@ -233,7 +233,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo and returns its exit status."""
-    args, console = parse(argv), Console()
+    args, console = parse(argv), Console(highlight=False)
     if args.threads:
         torch.set_num_threads(args.threads)
     try:

@@ -12,6 +12,8 @@ from conftest import Trio, assert_close_to_f64, trio
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from torchrnn import _native
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYERS = {
     "lstm": (nn.LSTM, {}),
@@ -22,6 +24,8 @@ LAYERS = {
 }
 SIZES = ((5, 3, 7, 33), (4, 1, 33, 7), (3, 7, 1, 2), (2, 5, 130, 17), (6, 2, 5, 64))
 """T, B, I, H: none a multiple of a vector, but for the last."""
+
+needs_kernels = pytest.mark.skipif(_native.WHY_NOT is not None, reason="needs the kernels")
 
 
 def build(name: str, inputs: int, hidden: int, dtype: torch.dtype, **arguments: Any) -> Trio:
@@ -38,7 +42,7 @@ def build(name: str, inputs: int, hidden: int, dtype: torch.dtype, **arguments: 
 
 def has_kinks(name: str, dtype: torch.dtype) -> bool:
     """Whether rounding can turn a relu on or off, upon which its gradient jumps: no bound holds then."""
-    return name == "rnn-relu" and dtype in (torch.bfloat16, torch.float16)
+    return name == "rnn-relu" and dtype != torch.float64
 
 
 def leave_kinks(three: Trio) -> None:
@@ -133,6 +137,7 @@ def test_layer_matches_torch_when_hidden_is_1025(path: str, name: str) -> None:
     three.check(x, states(three.theirs, 9, torch.float32))
 
 
+@needs_kernels
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("batch", [1, 40])
 @pytest.mark.parametrize("name", LAYERS)
@@ -144,6 +149,7 @@ def test_layer_matches_torch_on_any_number_of_threads(name: str, batch: int, thr
     three.check(x, None, lengths=lengths, through=lambda m, *a: run_padded(m, *a, lengths))
 
 
+@needs_kernels
 def test_results_repeat_to_the_bit() -> None:
     torch.set_num_threads(2)
     three = build("lstm", 64, 257, torch.float32, num_layers=2, bidirectional=True)

@@ -165,14 +165,23 @@ def _layer_backward_reference(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[
     douts = args[:4]
     need_dx, need_dstate, need_dweights = args[-3:]
     a, options = _unflatten(args[4:])
-    variables = _variables(a)
-
-    def forward(*values: Tensor) -> tuple[Tensor, ...]:
-        return reference.layer(_rebuild(a, values), options, douts[1] is not None)
-
-    outputs, vjp = torch.func.vjp(forward, *variables)[:2]
-    pairs = zip(outputs, douts, strict=True)
-    grads = _rebuild(a, vjp(tuple(torch.zeros_like(out) if d is None else d for out, d in pairs)))
+    # Kernels run below autograd, whose key the dispatcher leaves out: here it is let in again.
+    included = torch._C._dispatch_tls_local_include_set()
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    excluded = excluded.remove(torch._C.DispatchKey.AutogradFunctionality)
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        variables = [tensor.detach().requires_grad_() for tensor in _variables(a)]
+        outputs = reference.layer(_rebuild(a, variables), options, douts[1] is not None)
+        pairs = [
+            (out, d) for out, d in zip(outputs, douts, strict=True) if d is not None and out.requires_grad
+        ]
+        found: Sequence[Tensor | None] = [None] * len(variables)
+        if pairs:
+            found = torch.autograd.grad(
+                [out for out, _ in pairs], variables, [d for _, d in pairs], allow_unused=True
+            )
+    zeros = zip(found, variables, strict=True)
+    grads = _rebuild(a, [torch.zeros_like(v) if grad is None else grad for grad, v in zeros])
     return (
         grads.x if need_dx else a.x.new_empty(0),
         grads.h0 if need_dstate and grads.h0 is not None else a.x.new_empty(0),

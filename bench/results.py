@@ -1,0 +1,165 @@
+"""Results and their files: JSON in ``bench/results``, one file per run of the bench, never written twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import torchrnn
+from bench.floors import Floors, Level
+from bench.timing import Stats
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "bench" / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case on one number of threads."""
+
+    id: str
+    threads: int
+    ours: Stats
+    peers: dict[str, Stats]
+    ratios: dict[str, float]  # Peer's median / our median: above 1 we are faster.
+    gflops: float
+    peak_fraction: float  # Of the measured peak of multiply-adds.
+    floor: float  # Milliseconds, see Floors.
+    floor_fraction: float  # Floor / our median.
+    errors: dict[str, float]  # Against float64, ours and the peers'.
+
+
+@dataclass(frozen=True)
+class Run:
+    """All rows of one process, that is of one number of threads."""
+
+    threads: int
+    isa: str | None
+    floors: Floors
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Everything one call of the bench measured, and on what."""
+
+    date: str
+    commit: str
+    dirty: bool
+    machine: str
+    cores: int
+    load: float  # Average number of other processes that ran in the minute before.
+    torch: str
+    torchrnn: str
+    options: dict[str, Any]
+    runs: list[Run]
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for run in self.runs for row in run.rows]
+
+
+def describe(options: dict[str, Any]) -> Result:
+    """Returns a result without runs: what is measured where, and when."""
+    commit = git("rev-parse", "HEAD")
+    # Results that earlier runs have left do not change what is measured.
+    dirty = bool(git("status", "--porcelain", "--", ".", ":!bench/results"))
+    return Result(
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        commit=commit or "unknown",
+        dirty=dirty or not commit,
+        machine=machine(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        load=os.getloadavg()[0],
+        torch=torch.__version__,
+        torchrnn=torchrnn.__version__,
+        options=options,
+        runs=[],
+    )
+
+
+def git(*arguments: str) -> str:
+    """Returns what git prints, or nothing where there is no repository."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def machine() -> str:
+    """Returns the processor, as exactly as the system tells it, and the system."""
+    info = Path("/proc/cpuinfo")
+    fields = {}
+    if info.exists():
+        pairs = (line.partition(":") for line in info.read_text().splitlines())
+        fields = {key.strip(): value.strip() for key, _, value in pairs}
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    numbers = [
+        f"{key} {fields[name]}"
+        for key, name in (("family", "cpu family"), ("model", "model"))
+        if name in fields
+    ]
+    return ", ".join([name, *numbers, platform.system()])
+
+
+def save(result: Result, folder: Path = FOLDER) -> Path:
+    """Writes a result to a new file named by date and commit, and returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    date = result.date[:16].replace(":", "")
+    stem = f"{date}-{result.commit[:8]}{'-dirty' if result.dirty else ''}"
+    text = json.dumps(dataclasses.asdict(result), indent=1) + "\n"
+    for number in range(1, 1000):
+        path = folder / f"{stem}{'' if number == 1 else f'-{number}'}.json"
+        try:
+            with path.open("x") as file:
+                file.write(text)
+        except FileExistsError:
+            continue
+        return path
+    raise FileExistsError(f"{folder}: {stem}.json and 998 more are there already")
+
+
+def load(path: Path) -> Result:
+    """Returns the result that ``save`` has written."""
+    content = json.loads(path.read_text())
+    return Result(**{**content, "runs": [run(r) for r in content["runs"]]})
+
+
+def run(content: dict[str, Any]) -> Run:
+    floors = content["floors"]
+    levels = [Level(**level) for level in floors["levels"]]
+    return Run(
+        **{
+            **content,
+            "floors": Floors(**{**floors, "levels": levels}),
+            "rows": [row(r) for r in content["rows"]],
+        }
+    )
+
+
+def row(content: dict[str, Any]) -> Row:
+    peers = {name: Stats(**stats) for name, stats in content["peers"].items()}
+    return Row(**{**content, "ours": Stats(**content["ours"]), "peers": peers})
+
+
+def geometric_means(rows: Sequence[Row], peer: str) -> dict[str, float]:
+    """Returns the geometric means of the ratios to a peer: of all rows, of each mode and of each cell."""
+    groups = {"all": "", "inference": "-infer", "training": "-train", "LSTM": "lstm-", "GRU": "gru-"}
+    means = {}
+    for name, part_of_id in groups.items():
+        ratios = [row.ratios[peer] for row in rows if part_of_id in row.id and peer in row.ratios]
+        if ratios:
+            means[name] = statistics.geometric_mean(ratios)
+    return means
