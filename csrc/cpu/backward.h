@@ -5,6 +5,7 @@
 
 #include "cpu/forward.h"
 #include "cpu/outer.h"
+#include "cpu/weight_gradients.h"
 
 namespace torchrnn {
 inline namespace RNN_ISA {
@@ -33,8 +34,8 @@ struct Backward {
   static constexpr int G = C::kGates;
   static constexpr int D = C::kGateGrads;
   static constexpr bool kTwoHalves = C::kHalves == 2;
-  static constexpr int kRecurrent =
-      kTwoHalves ? 2 : G;  // blocks of the gate gradients that go through the first product
+  // Blocks of the gate gradients that go through the first recurrent product, and which gate is their first.
+  static constexpr int kRecurrent = kTwoHalves ? 2 : G;
   static constexpr int kRotate = C::kInputGrads == 0 ? 0 : G - 1;
   using Matrix = ColumnMatrix<T>;
 
@@ -66,6 +67,11 @@ struct Backward {
   }
   const T* tape(int d, int64_t t, int64_t b) const {
     return p.tape + (d * p.steps * p.batch + at(t, b)) * C::kTape * p.hidden;
+  }
+
+  // A row's initial state.
+  const T* initial(const T* states, int d, int64_t b, int64_t size) const {
+    return states == nullptr ? zeros : states + (d * p.batch + b) * size;
   }
 
   Backward(const BackwardParams<T>& params, int threads, Arena& arena) : q(params), p(params.layer) {
@@ -137,7 +143,7 @@ struct Backward {
       thread.scan();
       direction_barriers[d].wait(slice.size());
       thread.first_states();
-      if (needs_weights()) thread.weight_gradients();
+      if (needs_weights()) WeightGradients<T, Backward>{*this, d, slice}.run();
     }
     if (q.dx == nullptr) return;
     team_barrier.wait(plan.used());
@@ -257,11 +263,11 @@ struct Backward {
         left[i] = recurrent_row(b, s + 1);
         row.cut = state.rows.cut(b, s, back);
         row.tape = f.tape(d, t, b);
-        row.h_prev = row.cut ? f.zeros : s > 0 ? f.y(d, t_prev, b) : initial(p.h0, b, p.outputs);
+        row.h_prev = row.cut ? f.zeros : s > 0 ? f.y(d, t_prev, b) : f.initial(p.h0, d, b, p.outputs);
         if (C::kMemory >= 0)
           row.c_prev = row.cut ? f.zeros
                        : s > 0 ? f.tape(d, t_prev, b) + C::kMemory * p.hidden
-                               : initial(p.c0, b, p.hidden);
+                               : f.initial(p.c0, d, b, p.hidden);
         row.dy = q.dy == nullptr ? nullptr : q.dy + t * q.dy_stride_t + b * q.dy_stride_b + d * p.outputs;
         row.dc_all = q.dc_all == nullptr ? nullptr : q.dc_all + (at * p.directions + d) * p.hidden;
         row.dgates = state.dgates + at * D * p.hidden;
@@ -274,10 +280,6 @@ struct Backward {
 
     void place_second(int64_t count) {
       for (int64_t i = 0; i < count; ++i) left[i] = kTwoHalves ? step[i].dgates + 2 * p.hidden : step[i].dh;
-    }
-
-    const T* initial(const T* states, int64_t b, int64_t size) const {
-      return states == nullptr ? f.zeros : states + (d * p.batch + b) * size;
     }
 
     // sum = the next step's gate gradients through R.
@@ -349,92 +351,6 @@ struct Backward {
         const V dh = sum + V::load(state.carry_h + b * p.outputs + unit, m);
         dh.store(q.dh0 + (d * p.batch + b) * p.outputs + unit, m);
       });
-    }
-
-    // Left and right rows of the weight gradients, of kOuterDepth row-steps at a time.
-    struct Block {
-      int64_t count;
-      const T *dgates[kOuterDepth], *x[kOuterDepth], *h_prev[kOuterDepth], *dh[kOuterDepth],
-          *aside[kOuterDepth];
-    };
-
-    void weight_gradients() {
-      Arena arena;
-      T* packs = arena.template get<T>(outer_memory<T>());
-      Block& block = *arena.template get<Block>(1);
-      bool first_block = true;
-      int64_t s = 0, i = 0;
-      while (s < p.steps || first_block) {
-        block.count = 0;
-        while (s < p.steps && block.count < kOuterDepth) {
-          if (i == state.rows.active[s]) {
-            i = 0, ++s;
-            continue;
-          }
-          add_row(block, state.rows.order[i++], s);
-        }
-        outer_sums(block, !first_block, packs);
-        bias_sums(block);
-        first_block = false;
-      }
-      f.direction_barriers[d].wait(slice.size());
-      store_bias();
-    }
-
-    void add_row(Block& block, int64_t b, int64_t s) const {
-      const int64_t t = state.rows.time(b, s, back), at = f.at(t, b), k = block.count++;
-      block.dgates[k] = state.dgates + at * D * p.hidden;
-      block.x[k] = p.x + t * p.x_stride_t + b * p.x_stride_b;
-      block.h_prev[k] = state.rows.cut(b, s, back) ? f.zeros
-                        : s > 0                    ? f.y(d, state.rows.time(b, s - 1, back), b)
-                                                   : initial(p.h0, b, p.outputs);
-      if (p.projected) block.dh[k] = state.dh + at * p.outputs;
-      if (f.has_second()) block.aside[k] = state.aside + at * p.hidden;
-    }
-
-    void outer_sums(const Block& block, bool accumulate, T* packs) const {
-      const int64_t H = p.hidden;
-      const auto& dw = q.dweights[d];
-      // Rows [offset, offset + count) of the left side against the right side.
-      const auto sum = [&](const T* const* lhs, int64_t offset, int64_t count, const T* const* rhs,
-                           int64_t columns, T* out) {
-        outer_sum(block.count, lhs, offset, rhs, share(count, slice.index(), slice.size()), columns, out,
-                  accumulate, packs);
-      };
-      sum(block.dgates, C::kInputGrads * H, G * H, block.x, p.inputs, dw.weight_ih);
-      if constexpr (kTwoHalves) {
-        sum(block.dgates, 0, 2 * H, block.h_prev, H, dw.weight_hh);
-        sum(block.dgates, 2 * H, H, block.aside, H, dw.weight_hh + 2 * H * H);
-      } else if constexpr (kRotate > 0) {
-        sum(block.dgates, 0, H, block.h_prev, p.outputs, dw.weight_hh + kRotate * H * p.outputs);
-        sum(block.dgates, H, kRotate * H, block.h_prev, p.outputs, dw.weight_hh);
-      } else {
-        sum(block.dgates, 0, G * H, block.h_prev, p.outputs, dw.weight_hh);
-      }
-      if (p.projected) sum(block.dh, 0, p.outputs, block.aside, H, dw.weight_hr);
-    }
-
-    void bias_sums(const Block& block) const {
-      if (q.dweights[d].bias_ih == nullptr) return;
-      // By a few rows at a time: one long sum would round more than torch does.
-      constexpr int64_t kRows = 32;
-      const Range columns = share(D * p.hidden, slice.index(), slice.size());
-      for (int64_t k0 = 0; k0 < block.count; k0 += kRows)
-        for (int64_t m = columns.begin; m < columns.end; m += N) {
-          const int64_t n = min64(N, columns.end - m);
-          V sum(T(0));
-          for (int64_t k = k0; k < min64(k0 + kRows, block.count); ++k) sum += V::load(block.dgates[k] + m, n);
-          (V::load(state.bias + m, n) + sum).store(state.bias + m, n);
-        }
-    }
-
-    void store_bias() const {
-      const auto& dw = q.dweights[d];
-      if (dw.bias_ih == nullptr || slice.index() != 0) return;
-      const int64_t H = p.hidden;
-      memcpy(dw.bias_ih, state.bias + C::kInputGrads * H, G * H * sizeof(T));
-      memcpy(dw.bias_hh + kRotate * H, state.bias, (G - kRotate) * H * sizeof(T));
-      memcpy(dw.bias_hh, state.bias + (G - kRotate) * H, kRotate * H * sizeof(T));
     }
   };
 };

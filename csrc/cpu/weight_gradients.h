@@ -1,0 +1,110 @@
+// The last part of the backward pass: gradients by the weights and biases, as sums of outer products over all
+// rows and steps.
+#pragma once
+
+#include "cpu/outer.h"
+
+namespace torchrnn {
+inline namespace RNN_ISA {
+
+// One thread's part of one direction of `B`, a Backward whose scan is done.
+template <typename T, typename B>
+struct WeightGradients {
+  B& f;
+  const int d;
+  const Slice slice;
+  const BackwardParams<T>& q = f.q;
+  const LayerParams<T>& p = f.p;
+  const typename B::State& state = f.state[d];
+  const bool back = f.backwards(d);
+
+  // Left and right rows of the weight gradients, of kOuterDepth row-steps at a time.
+  struct Block {
+    int64_t count;
+    const T *dgates[kOuterDepth], *x[kOuterDepth], *h_prev[kOuterDepth], *dh[kOuterDepth],
+        *aside[kOuterDepth];
+  };
+
+  void run() {
+    Arena arena;
+    T* packs = arena.template get<T>(outer_memory<T>());
+    Block& block = *arena.template get<Block>(1);
+    bool first_block = true;
+    int64_t s = 0, i = 0;
+    while (s < p.steps || first_block) {
+      block.count = 0;
+      while (s < p.steps && block.count < kOuterDepth) {
+        if (i == state.rows.active[s]) {
+          i = 0, ++s;
+          continue;
+        }
+        add_row(block, state.rows.order[i++], s);
+      }
+      outer_sums(block, !first_block, packs);
+      bias_sums(block);
+      first_block = false;
+    }
+    f.direction_barriers[d].wait(slice.size());
+    store_bias();
+  }
+
+  void add_row(Block& block, int64_t b, int64_t s) const {
+    const int64_t t = state.rows.time(b, s, back), at = f.at(t, b), k = block.count++;
+    block.dgates[k] = state.dgates + at * B::D * p.hidden;
+    block.x[k] = p.x + t * p.x_stride_t + b * p.x_stride_b;
+    block.h_prev[k] = state.rows.cut(b, s, back) ? f.zeros
+                      : s > 0                    ? f.y(d, state.rows.time(b, s - 1, back), b)
+                                                 : f.initial(p.h0, d, b, p.outputs);
+    if (p.projected) block.dh[k] = state.dh + at * p.outputs;
+    if (f.has_second()) block.aside[k] = state.aside + at * p.hidden;
+  }
+
+  void outer_sums(const Block& block, bool accumulate, T* packs) const {
+    const int64_t H = p.hidden;
+    const auto& dw = q.dweights[d];
+    // Rows [offset, offset + count) of the left side against the right side.
+    const auto sum = [&](const T* const* lhs, int64_t offset, int64_t count, const T* const* rhs,
+                         int64_t columns, T* out) {
+      outer_sum(block.count, lhs, offset, rhs, share(count, slice.index(), slice.size()), columns, out,
+                accumulate, packs);
+    };
+    sum(block.dgates, B::C::kInputGrads * H, B::G * H, block.x, p.inputs, dw.weight_ih);
+    if constexpr (B::kTwoHalves) {
+      sum(block.dgates, 0, 2 * H, block.h_prev, H, dw.weight_hh);
+      sum(block.dgates, 2 * H, H, block.aside, H, dw.weight_hh + 2 * H * H);
+    } else if constexpr (B::kRotate > 0) {
+      sum(block.dgates, 0, H, block.h_prev, p.outputs, dw.weight_hh + B::kRotate * H * p.outputs);
+      sum(block.dgates, H, B::kRotate * H, block.h_prev, p.outputs, dw.weight_hh);
+    } else {
+      sum(block.dgates, 0, B::G * H, block.h_prev, p.outputs, dw.weight_hh);
+    }
+    if (p.projected) sum(block.dh, 0, p.outputs, block.aside, H, dw.weight_hr);
+  }
+
+  void bias_sums(const Block& block) const {
+    if (q.dweights[d].bias_ih == nullptr) return;
+    // By a few rows at a time: one long sum would round more than torch does.
+    constexpr int64_t kRows = 32;
+    const Range columns = share(B::D * p.hidden, slice.index(), slice.size());
+    for (int64_t k0 = 0; k0 < block.count; k0 += kRows)
+      for (int64_t m = columns.begin; m < columns.end; m += B::N) {
+        const int64_t n = min64(B::N, columns.end - m);
+        typename B::V sum(T(0));
+        for (int64_t k = k0; k < min64(k0 + kRows, block.count); ++k)
+          sum += B::V::load(block.dgates[k] + m, n);
+        (B::V::load(state.bias + m, n) + sum).store(state.bias + m, n);
+      }
+  }
+
+  void store_bias() const {
+    const auto& dw = q.dweights[d];
+    if (dw.bias_ih == nullptr || slice.index() != 0) return;
+    const int64_t H = p.hidden;
+    memcpy(dw.bias_ih, state.bias + B::C::kInputGrads * H, B::G * H * sizeof(T));
+    memcpy(dw.bias_hh + B::kRotate * H, state.bias, (B::G - B::kRotate) * H * sizeof(T));
+    memcpy(dw.bias_hh, state.bias + (B::G - B::kRotate) * H, B::kRotate * H * sizeof(T));
+  }
+};
+
+}  // namespace RNN_ISA
+}  // namespace torchrnn
