@@ -17,6 +17,7 @@ import statistics
 import struct
 import sys
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -76,13 +77,13 @@ def mnist_digits(folder: Path) -> tuple[Digits, Digits]:
 
 def read_idx(folder: Path, name: str, dims: int) -> Tensor:
     """Returns what ``folder/name`` or ``folder/name.gz``, an idx file of unsigned bytes, holds."""
-    path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
-    if path is None:
+    path = folder / name if (folder / name).is_file() else folder / f"{name}.gz"
+    if not path.is_file():
         raise FileNotFoundError(f"{folder}: there is no {name} and no {name}.gz")
     content = path.read_bytes()
     try:
         content = gzip.decompress(content) if path.suffix == ".gz" else content
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: damaged gzip file ({error})") from None
     start, magic = 4 + 4 * dims, 0x0800 + dims  # 08: unsigned bytes.
     if content[:4] != struct.pack(">I", magic):
@@ -91,9 +92,8 @@ def read_idx(folder: Path, name: str, dims: int) -> Tensor:
         raise ValueError(f"{path}: truncated inside its header of {start} bytes")
     shape = struct.unpack_from(f">{dims}I", content, 4)
     if len(content) != start + math.prod(shape):
-        raise ValueError(
-            f"{path}: {'x'.join(map(str, shape))} bytes must follow the header, got {len(content) - start}"
-        )
+        size = "x".join(map(str, shape))
+        raise ValueError(f"{path}: {size} bytes must follow the header, got {len(content) - start}")
     return torch.frombuffer(bytearray(content[start:]), dtype=torch.uint8).view(shape)
 
 
@@ -147,9 +147,7 @@ class Training:
         self.accuracies.append(right / len(digits.labels))
 
 
-def compare(
-    train: Digits, held_out: Digits, args: argparse.Namespace, console: Console
-) -> tuple[Training, Training]:
+def compare(train: Digits, held_out: Digits, args: argparse.Namespace, console: Console) -> list[Training]:
     """Trains the classifier on torchrnn.LSTM and on torch.nn.LSTM, epoch by epoch in turns."""
     mean, deviation = train.images.mean(), train.images.std()
     train, held_out = (Digits((images - mean) / deviation, labels) for images, labels in (train, held_out))
@@ -174,7 +172,7 @@ def compare(
             progress.update(bar, text=text)
         if not console.is_terminal:
             console.print(f"epoch {epoch + 1:2}/{args.epochs} {text}")
-    return ours, peer
+    return [ours, peer]
 
 
 def report(ours: Training, peer: Training, checked: int, required: float | None, console: Console) -> bool:

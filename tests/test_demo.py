@@ -63,7 +63,9 @@ def test_idx_damaged_file_is_refused(tmp_path: Path, content: bytes, message: st
         digits.read_idx(tmp_path, "a", 3)
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(bytes(100))[:20]])
+@pytest.mark.parametrize(
+    "content", [b"no gzip", gzip.compress(bytes(100))[:20], gzip.compress(b"")[:10] + bytes([7] * 20)]
+)
 def test_idx_damaged_gzip_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.gz").write_bytes(content)
     with pytest.raises(ValueError, match="damaged gzip file"):

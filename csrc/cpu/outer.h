@@ -60,27 +60,38 @@ struct ColumnMatrix {
 constexpr int64_t kOuterDepth = 512;
 constexpr int64_t kOuterTiles = 32;  // tiles of the left side packed at a time
 
-// Distance of two packed tiles of the left side: not a multiple of 4 KB, else all would fall into one set of
-// L1.
+// Memory of outer_sum for sums of at most `capacity` rows: as little as will do, since fresh pages cost more
+// than a short sum.
 template <typename T>
-constexpr int64_t kOuterStride = kOuterDepth * tile_rows(4) + 64 / sizeof(T);
+struct OuterMemory {
+  static constexpr int R = tile_rows(4), kWidth = 4 * kLanes<T>;
+
+  int64_t capacity;
+  // Distance of two packed tiles of the left side: not a multiple of 4 KB, else all would fall into one set
+  // of L1.
+  int64_t left_stride = capacity * R + 64 / sizeof(T);
+  T* data = nullptr;
+
+  int64_t size() const { return kOuterTiles * left_stride + (capacity + R) * kWidth; }
+  T* left() const { return data; }                               // [tile][k][R]
+  T* right() const { return data + kOuterTiles * left_stride; }  // [k][kWidth]
+  T* sums() const { return right() + capacity * kWidth; }        // [R][kWidth]
+};
 
 // out[m][n] (+)= sum over k of left[k][m] * right[k][n], for m in `range`, n in 0..columns-1, k in
 // 0..depth-1.
 template <typename T>
 void outer_sum(int64_t depth, const T* const* left, int64_t left_offset, const T* const* right, Range range,
-               int64_t columns, T* out, bool accumulate, T* memory) {
-  constexpr int N = kLanes<T>, kWidth = 4 * N, R = tile_rows(4);
-  T* left_pack = memory;                                   // [tile][k][R]
-  T* right_pack = memory + kOuterTiles * kOuterStride<T>;  // [k][kWidth]
-  T* acc = right_pack + kOuterDepth * kWidth;              // [R][kWidth]
+               int64_t columns, T* out, bool accumulate, const OuterMemory<T>& memory) {
+  constexpr int R = OuterMemory<T>::R, kWidth = OuterMemory<T>::kWidth;
+  T *left_pack = memory.left(), *right_pack = memory.right(), *acc = memory.sums();
   for (int64_t m0 = range.begin; m0 < range.end; m0 += kOuterTiles * R) {
     const int64_t rows = min64(kOuterTiles * R, range.end - m0);
     for (int64_t k = 0; k < depth; ++k) {
       const T* src = left[k] + left_offset + m0;
       T* dst = left_pack + k * R;
       int64_t m = 0;
-      for (; m + R <= rows; m += R, dst += kOuterStride<T>) memcpy(dst, src + m, R * sizeof(T));
+      for (; m + R <= rows; m += R, dst += memory.left_stride) memcpy(dst, src + m, R * sizeof(T));
       if (m < rows) memcpy(dst, src + m, (rows - m) * sizeof(T));
     }
     for (int64_t n0 = 0; n0 < columns; n0 += kWidth) {
@@ -92,7 +103,7 @@ void outer_sum(int64_t depth, const T* const* left, int64_t left_offset, const T
       for (int64_t m = 0; m < rows; m += R) {
         const int64_t height = min64(R, rows - m);
         const T* tile[R];
-        for (int r = 0; r < R; ++r) tile[r] = left_pack + (m / R) * kOuterStride<T> + r;
+        for (int r = 0; r < R; ++r) tile[r] = left_pack + (m / R) * memory.left_stride + r;
         T* to = out + (m0 + m) * columns + n0;
         if (width == kWidth) {
           fma_tile_rows<T, 4>(height, tile, 0, R, right_pack, kWidth, depth, to, columns, accumulate);
@@ -105,11 +116,6 @@ void outer_sum(int64_t depth, const T* const* left, int64_t left_offset, const T
       }
     }
   }
-}
-
-template <typename T>
-constexpr int64_t outer_memory() {
-  return kOuterTiles * kOuterStride<T> + (kOuterDepth + tile_rows(4)) * 4 * kLanes<T>;
 }
 
 }  // namespace RNN_ISA

@@ -27,7 +27,8 @@ struct WeightGradients {
 
   void run() {
     Arena arena;
-    T* packs = arena.template get<T>(outer_memory<T>());
+    OuterMemory<T> memory{min64(kOuterDepth, p.steps * p.batch)};
+    memory.data = arena.template get<T>(memory.size());
     Block& block = *arena.template get<Block>(1);
     bool first_block = true;
     int64_t s = 0, i = 0;
@@ -40,7 +41,7 @@ struct WeightGradients {
         }
         add_row(block, state.rows.order[i++], s);
       }
-      outer_sums(block, !first_block, packs);
+      outer_sums(block, !first_block, memory);
       bias_sums(block);
       first_block = false;
     }
@@ -59,14 +60,14 @@ struct WeightGradients {
     if (f.has_second()) block.aside[k] = state.aside + at * p.hidden;
   }
 
-  void outer_sums(const Block& block, bool accumulate, T* packs) const {
+  void outer_sums(const Block& block, bool accumulate, const OuterMemory<T>& memory) const {
     const int64_t H = p.hidden;
     const auto& dw = q.dweights[d];
     // Rows [offset, offset + count) of the left side against the right side.
     const auto sum = [&](const T* const* lhs, int64_t offset, int64_t count, const T* const* rhs,
                          int64_t columns, T* out) {
       outer_sum(block.count, lhs, offset, rhs, share(count, slice.index(), slice.size()), columns, out,
-                accumulate, packs);
+                accumulate, memory);
     };
     sum(block.dgates, B::C::kInputGrads * H, B::G * H, block.x, p.inputs, dw.weight_ih);
     if constexpr (B::kTwoHalves) {
