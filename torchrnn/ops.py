@@ -48,7 +48,6 @@ _LIBRARY.define(
 _CELL_NAMES = {cell.code: name for name, cell in CELLS.items()}
 _ACTIVATION_NAMES = {code: name for name, code in ACTIVATIONS.items()}
 _TENSOR_COUNT = len(Arguments._fields)
-_LISTS = slice(1, 9)  # The list arguments, whose gradients layer_backward returns as dweights.
 
 
 def layer(a: Arguments, options: Options, all_states: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -260,71 +259,65 @@ torch.library.register_fake("torchrnn::layer_backward", _layer_backward_fake, li
 # Gradients ------------------------------------------------------------------------------------------------
 
 
-def _save(ctx: Any, tensors: Sequence[Any], rest: tuple[Any, ...]) -> None:
-    """Saves arguments, of which some are None or lists of tensors, through save_for_backward."""
+# By hand, because torch.library.register_autograd reads the schema anew at every call: for this one that takes
+# longer than a small layer does.
+
+
+def _flatten(args: Sequence[Any]) -> tuple[list[Tensor], list[int | None]]:
+    """Returns the tensors among arguments, which may be None or lists of tensors, and their places."""
     flat: list[Tensor] = []
-    for value in tensors:
+    for value in args:
         if value is not None:
             flat.extend([value] if isinstance(value, Tensor) else value)
-    ctx.save_for_backward(*flat)
-    ctx.layout = [v if v is None else -1 if isinstance(v, Tensor) else len(v) for v in tensors]
-    ctx.rest = rest
-    ctx.set_materialize_grads(False)
+    return flat, [v if v is None else -1 if isinstance(v, Tensor) else len(v) for v in args]
 
 
-def _saved(ctx: Any) -> list[Any]:
-    it = iter(ctx.saved_tensors)
-    return [v if v is None else next(it) if v < 0 else [next(it) for _ in range(v)] for v in ctx.layout]
-
-
-def _layer_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    y, tape = output[0], output[-1]
-    ctx.mark_non_differentiable(tape)
-    _save(ctx, (*inputs[:_TENSOR_COUNT], y, tape), inputs[_TENSOR_COUNT:])
-
-
-def _layer_grad(ctx: Any, dy: Any, dc_all: Any, dh_n: Any, dc_n: Any, _dtape: Any) -> tuple[Any, ...]:
-    *tensors, y, tape = _saved(ctx)
-    *options, all_states = ctx.rest
-    needs = ctx.needs_input_grad
-    need_dstate = any(needs[9:11])
-    need_dweights = any(any(need) for need in needs[_LISTS])
-    dx, dh0, dc0, flat = torch.ops.torchrnn.layer_backward(
-        dy,
-        dc_all if all_states else None,
-        dh_n,
-        dc_n,
-        *tensors,
-        *options,
-        y,
-        tape,
-        needs[0],
-        need_dstate,
-        need_dweights,
-    )
+def _nest(flat: Sequence[Any], layout: Sequence[int | None]) -> list[Any]:
+    """Undoes ``_flatten``."""
     it = iter(flat)
-    lists = [[next(it) if need_dweights else None for _ in tensors[i]] for i in range(1, 9)]
-    grads = [
-        dx if needs[0] else None,
-        *lists,
-        dh0 if needs[9] else None,
-        dc0 if needs[10] else None,
-    ]
-    return (*grads, *[None] * (_TENSOR_COUNT - len(grads) + len(ctx.rest)))
+    return [v if v is None else next(it) if v < 0 else [next(it) for _ in range(v)] for v in layout]
 
 
-def _layer_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    _save(ctx, inputs[: 4 + _TENSOR_COUNT], inputs[4 + _TENSOR_COUNT :])
+class _LayerGradient(torch.autograd.Function):
+    """The gradient of ``layer``: a call of ``layer_backward``. ``flat`` are the tensors in ``args``."""
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, args: tuple[Any, ...], layout: list[Any], *flat: Tensor) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = torch.ops.torchrnn.layer.default.redispatch(keyset, *args)
+        y, tape = outputs[0], outputs[-1]
+        ctx.mark_non_differentiable(tape)
+        ctx.save_for_backward(*flat, y, tape)
+        ctx.layout, ctx.rest = layout, args[_TENSOR_COUNT:]
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        dy, dc_all, dh_n, dc_n, _ = grads
+        *flat, y, tape = ctx.saved_tensors
+        *options, all_states = ctx.rest
+        needs = _nest(ctx.needs_input_grad[3:], ctx.layout)
+        tensors = _nest(flat, ctx.layout)
+        need_dstate, need_dweights = any(needs[9:11]), any(any(need) for need in needs[1:9])
+        dx, dh0, dc0, dweights = torch.ops.torchrnn.layer_backward(
+            dy, dc_all if all_states else None, dh_n, dc_n, *tensors, *options, y, tape,
+            needs[0], need_dstate, need_dweights,
+        )  # fmt: skip
+        count = sum(map(len, tensors[1:9]))
+        states = [d if need else None for d, need in ((dh0, needs[9]), (dc0, needs[10])) if need is not None]
+        found = [dx if needs[0] else None, *(dweights if need_dweights else [None] * count), *states]
+        return (None, None, None, *found, *[None] * (len(flat) - len(found)))
 
 
-def _layer_backward_grad(ctx: Any, ddx: Any, ddh0: Any, ddc0: Any, ddweights: Any) -> tuple[Any, ...]:
+def _second_gradient(ctx: Any, ddx: Any, ddh0: Any, ddc0: Any, *ddweights: Any) -> tuple[Any, ...]:
     """Differentiates the backward pass, through the reference.
 
     With g = vjp(douts) the gradients that ``layer_backward`` returned and dd those by them, these are the
     gradients of <g, dd> by the layer's tensors and by douts.
     """
-    saved = _saved(ctx)
-    a, options = _unflatten((*saved[4:], *ctx.rest))
+    saved = _nest(ctx.saved_tensors, ctx.layout)
+    a, options = _unflatten((*saved[4 : 4 + _TENSOR_COUNT], *ctx.rest))
     with torch.enable_grad():
         variables = [_point(v) for v in _variables(a)]
         douts = [None if d is None else _point(d) for d in saved[:4]]
@@ -350,10 +343,12 @@ def _layer_backward_grad(ctx: Any, ddx: Any, ddh0: Any, ddc0: Any, ddweights: An
             second = torch.autograd.grad(
                 [g for g, _ in pairs], wanted, [dd for _, dd in pairs], create_graph=True, allow_unused=True
             )
-    by_variables = _rebuild(a, second)
     it = iter(second[len(variables) :])
     by_douts = [None if d is None else next(it) for d in douts]
-    return (*by_douts, *by_variables[:11], *[None] * (_TENSOR_COUNT - 11 + len(ctx.rest)))
+    # In the order of flat; lengths, resets, y and tape have no gradient.
+    flat = [g for g, d in zip(by_douts, douts, strict=True) if d is not None]
+    flat += second[: len(variables)]
+    return (None, None, None, *flat, *[None] * (len(ctx.saved_tensors) - len(flat)))
 
 
 def _point(tensor: Tensor) -> Tensor:
@@ -361,7 +356,43 @@ def _point(tensor: Tensor) -> Tensor:
     return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
 
 
-torch.library.register_autograd("torchrnn::layer", _layer_grad, setup_context=_layer_setup, lib=_LIBRARY)
-torch.library.register_autograd(
-    "torchrnn::layer_backward", _layer_backward_grad, setup_context=_layer_backward_setup, lib=_LIBRARY
-)
+class _LayerBackwardGradient(torch.autograd.Function):
+    """The gradient of ``layer_backward``, through the reference."""
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, args: tuple[Any, ...], layout: list[Any], *flat: Tensor) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            dx, dh0, dc0, dweights = torch.ops.torchrnn.layer_backward.default.redispatch(keyset, *args)
+        ctx.save_for_backward(*flat)
+        ctx.layout, ctx.rest = layout, args[4 + _TENSOR_COUNT : -5]
+        ctx.set_materialize_grads(False)
+        return (dx, dh0, dc0, *dweights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _second_gradient(ctx, *grads)
+
+
+def _layer_autograd(keyset: Any, *args: Any) -> Any:
+    below = keyset & torch._C._after_autograd_keyset
+    flat, layout = _flatten(args[:_TENSOR_COUNT])
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in flat):
+        apply = _LayerGradient.apply
+        return apply(below, args, layout, *flat)  # type: ignore[no-untyped-call]
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.torchrnn.layer.default.redispatch(below, *args)
+
+
+def _layer_backward_autograd(keyset: Any, *args: Any) -> Any:
+    below = keyset & torch._C._after_autograd_keyset
+    flat, layout = _flatten([*args[: 4 + _TENSOR_COUNT], *args[-5:-3]])
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in flat):
+        apply = _LayerBackwardGradient.apply
+        dx, dh0, dc0, *dweights = apply(below, args, layout, *flat)  # type: ignore[no-untyped-call]
+        return dx, dh0, dc0, dweights
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.torchrnn.layer_backward.default.redispatch(below, *args)
+
+
+_LIBRARY.impl("layer", _layer_autograd, "Autograd", with_keyset=True)
+_LIBRARY.impl("layer_backward", _layer_backward_autograd, "Autograd", with_keyset=True)

@@ -163,8 +163,8 @@ RNN_FN Vec<T, N> sigmoid(Vec<T, N> x) {
   return one / (one + (scale + scale * p));
 }
 
-// tanh |x| is m / (m + 2) with m = e^2|x| - 1, which keeps all digits of the smallest x; from 1/2 on it is computed
-// as 1 - 2 / (m + 2), which is exact to half an ulp near 1, where gradients multiply by 1 - tanh^2.
+// tanh |x| is m / (m + 2) with m = e^2|x| - 1, which keeps all digits of the smallest x; from 1/2 on it is
+// computed as 1 - 2 / (m + 2), which is exact to half an ulp near 1, where gradients multiply by 1 - tanh^2.
 template <typename T, int N>
 RNN_FN Vec<T, N> tanh_(Vec<T, N> x) {
   using V = Vec<T, N>;
