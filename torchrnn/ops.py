@@ -259,8 +259,8 @@ torch.library.register_fake("torchrnn::layer_backward", _layer_backward_fake, li
 # Gradients ------------------------------------------------------------------------------------------------
 
 
-# By hand, because torch.library.register_autograd reads the schema anew at every call: for this one that takes
-# longer than a small layer does.
+# By hand, because torch.library.register_autograd reads the schema anew at every call, which for this schema
+# takes longer than a small layer.
 
 
 def _flatten(args: Sequence[Any]) -> tuple[list[Tensor], list[int | None]]:
