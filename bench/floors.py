@@ -61,7 +61,7 @@ def measure(threads: int, seconds: float = 0.3) -> Floors:
         total = size // 2 if size else min(4 * levels[-1].size, 1 << 30)
         read = partial(torch.ops.torchrnn.read_bandwidth, total // threads if shared else total)
         read(1e-9, threads)  # The first call allocates.
-        levels.append(Level(name, size, shared, highest(lambda: read(WINDOW, threads), seconds)))  # noqa: B023
+        levels.append(Level(name, size, shared, highest(partial(read, WINDOW, threads), seconds)))
     return Floors(gflops, f"fma loop, {isa}", levels)
 
 

@@ -19,6 +19,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -165,7 +166,7 @@ def compare(train: Digits, held_out: Digits, args: argparse.Namespace, console: 
             bar = progress.add_task(f"epoch {epoch + 1:2}/{args.epochs}", total=2 * len(batches), text="")
             # The order alternates, so that neither layer always finds the warmer caches.
             for training in (ours, peer) if epoch % 2 == 0 else (peer, ours):
-                training.epoch(train, batches, lambda: progress.advance(bar))  # noqa: B023
+                training.epoch(train, batches, partial(progress.advance, bar))
                 training.test(held_out)
             text = f"loss {ours.losses[-1]:.4f} (torch.nn {peer.losses[-1]:.4f})"
             text += f" accuracy {ours.accuracies[-1]:.2%}"

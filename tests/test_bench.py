@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("rich")
-
 from bench import floors, peers, results, timing
 from bench import run as bench_run
 from bench.cases import QUICK_SIZES, SIZES, Case, cases

@@ -166,7 +166,7 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="to must be 'torchrnn' or 'torch', got 'keras'"):
         torchrnn.convert(nn.LSTM(3, 5), to="keras")
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got type"):
-        torchrnn.convert(nn.LSTM)  # type: ignore[type-var]
+        torchrnn.convert(nn.LSTM)
 
 
 def test_script_modules_are_left_alone() -> None:

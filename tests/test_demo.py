@@ -10,12 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-
-pytest.importorskip("rich")
-pytest.importorskip("sklearn")
-
 from rich.console import Console
+from torch import Tensor
 
 from examples import digits
 

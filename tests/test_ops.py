@@ -11,7 +11,7 @@ from conftest import assert_close_to_f64
 from torch import Tensor
 
 from torchrnn import _native, ops, reference
-from torchrnn.options import ACTIVATIONS, CELLS, Options
+from torchrnn.options import CELLS, Options
 from torchrnn.reference import Arguments
 
 VARIATIONS = ("peephole", "norm", "mask_h", "mask_c", "zoneout_h", "zoneout_c", "cell_clip", "proj_clip")
@@ -55,15 +55,7 @@ def arguments(
 
 def flat(a: Arguments, options: Options) -> tuple[Any, ...]:
     """Returns the positional arguments of the ops up to all_states."""
-    return (
-        *a,
-        CELLS[options.cell].code,
-        ACTIVATIONS[options.activation],
-        options.cell_clip,
-        options.proj_clip,
-        options.norm_eps,
-        options.reverse,
-    )
+    return (*a, *ops._scalars(options))
 
 
 def loss(outputs: tuple[Tensor, ...]) -> Tensor:

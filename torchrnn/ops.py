@@ -76,21 +76,24 @@ def layer(a: Arguments, options: Options, all_states: bool = False) -> tuple[Ten
         a = a._replace(lengths=a.lengths.to(a.x.device))
     if _reference_only(a, options):
         return reference.layer(a, options, all_states)
-    flat = (
-        *a,
+    flat = (*a, *_scalars(options), all_states)
+    if torch.is_grad_enabled() and _requires_grad(a):
+        y, c_all, h_n, c_n, _ = torch.ops.torchrnn.layer(*flat)
+    else:
+        y, c_all, h_n, c_n = torch.ops.torchrnn.layer_infer(*flat)
+    return y, c_all, h_n, c_n
+
+
+def _scalars(options: Options) -> tuple[Any, ...]:
+    """Returns the options as the schemas have them; ``_unflatten`` undoes it."""
+    return (
         CELLS[options.cell].code,
         ACTIVATIONS[options.activation],
         options.cell_clip,
         options.proj_clip,
         options.norm_eps,
         options.reverse,
-        all_states,
     )
-    if torch.is_grad_enabled() and _requires_grad(a):
-        y, c_all, h_n, c_n, _ = torch.ops.torchrnn.layer(*flat)
-    else:
-        y, c_all, h_n, c_n = torch.ops.torchrnn.layer_infer(*flat)
-    return y, c_all, h_n, c_n
 
 
 def _reference_only(a: Arguments, options: Options) -> bool:
@@ -377,7 +380,7 @@ def _layer_autograd(keyset: Any, *args: Any) -> Any:
     below = keyset & torch._C._after_autograd_keyset
     flat, layout = _flatten(args[:_TENSOR_COUNT])
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in flat):
-        apply = _LayerGradient.apply
+        apply = _LayerGradient.apply  # torch leaves it without annotations.
         return apply(below, args, layout, *flat)  # type: ignore[no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.torchrnn.layer.default.redispatch(below, *args)
@@ -387,7 +390,7 @@ def _layer_backward_autograd(keyset: Any, *args: Any) -> Any:
     below = keyset & torch._C._after_autograd_keyset
     flat, layout = _flatten([*args[: 4 + _TENSOR_COUNT], *args[-5:-3]])
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in flat):
-        apply = _LayerBackwardGradient.apply
+        apply = _LayerBackwardGradient.apply  # As above.
         dx, dh0, dc0, *dweights = apply(below, args, layout, *flat)  # type: ignore[no-untyped-call]
         return dx, dh0, dc0, dweights
     with torch._C._AutoDispatchBelowAutograd():
