@@ -1,19 +1,26 @@
-"""What is measured. A new line in ``SIZES`` is a new row of the table for every cell and mode."""
+"""What is measured: a new line in a table is a new row of the results."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
+
+import torch
 
 GATES = {"lstm": 4, "gru": 3}
-MODES = ("infer", "train")
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One layer of one direction, in float32.
+    """Layers of one cell.
 
     ``infer`` is the forward pass in inference mode; ``train`` is the forward pass and the gradients of the
-    input, the weights and the biases.
+    input, the weights and the biases. ``streaming`` passes the state of the call before. The rows of a
+    ``ragged`` batch have the lengths of ``lengths``.
     """
 
     cell: str
@@ -22,42 +29,158 @@ class Case:
     batch: int
     inputs: int
     hidden: int
+    directions: int = 1
+    layers: int = 1
+    ragged: bool = False
+    dtype: str = "float32"
+    streaming: bool = False
 
     @property
     def id(self) -> str:
-        inputs = "" if self.inputs == self.hidden else f"-i{self.inputs}"
-        return f"{self.cell}-b{self.batch}-t{self.steps}{inputs}-h{self.hidden}-fp32-{self.mode}"
+        parts = (
+            self.cell,
+            f"b{self.batch}-t{self.steps}",
+            "" if self.inputs == self.hidden else f"i{self.inputs}",
+            f"h{self.hidden}",
+            "bi" if self.directions == 2 else "",
+            "" if self.layers == 1 else f"l{self.layers}",
+            "ragged" if self.ragged else "",
+            "stream" if self.streaming else "",
+            SHORT[self.dtype],
+            self.mode,
+        )
+        return "-".join(part for part in parts if part)
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Returns the steps of each row: all, or from 1 to all in equal distances and no order."""
+        if not self.ragged:
+            return (self.steps,) * self.batch
+        spread = torch.linspace(self.steps, 1, self.batch).round().int()
+        order = torch.randperm(self.batch, generator=torch.Generator().manual_seed(0))
+        return tuple(int(length) for length in spread[order])
+
+    @property
+    def projection_flops(self) -> int:
+        """Returns the operations of the forward products with the inputs of the layers."""
+        inputs = self.inputs + (self.layers - 1) * self.directions * self.hidden
+        return 2 * sum(self.lengths) * self.directions * GATES[self.cell] * self.hidden * inputs
+
+    @property
+    def recurrent_flops(self) -> int:
+        """Returns the operations of the forward products with the states."""
+        return 2 * sum(self.lengths) * self.directions * self.layers * GATES[self.cell] * self.hidden**2
 
     @property
     def flops(self) -> int:
-        """Returns the operations of the matrix products; those of the activations are few beside them."""
-        forward = 2 * self.steps * self.batch * GATES[self.cell] * self.hidden * (self.inputs + self.hidden)
+        """Returns the operations of all matrix products; those of the activations are few beside them."""
+        forward = self.projection_flops + self.recurrent_flops
         return forward if self.mode == "infer" else 3 * forward
 
     @property
+    def scan_flops(self) -> int:
+        """Returns the part of ``flops`` in which one step waits for another."""
+        return self.recurrent_flops if self.mode == "infer" else 2 * self.recurrent_flops
+
+    @property
     def recurrent_bytes(self) -> int:
-        """Returns the size of the recurrent weight, which every step reads."""
-        return GATES[self.cell] * self.hidden * self.hidden * 4
+        """Returns the size of the recurrent weight of one direction, which every step reads."""
+        return GATES[self.cell] * self.hidden * self.hidden * BYTES[self.dtype]
+
+    @property
+    def input_bytes(self) -> int:
+        """Returns the size of the input weight of the first layer and one direction."""
+        return GATES[self.cell] * self.hidden * self.inputs * BYTES[self.dtype]
 
     @property
     def recurrent_reads(self) -> int:
-        """Returns how often the recurrent weight is read: once per step, and once more on the way back."""
-        return self.steps if self.mode == "infer" else 2 * self.steps
+        """Returns how often a weight of that size is read: once per step, and once more on the way back."""
+        passes = 1 if self.mode == "infer" else 2
+        return passes * self.directions * self.layers * max(self.lengths)
 
 
-# (T, B, I, H): a single step, then from what bandwidth bounds to what arithmetic bounds.
+@dataclass(frozen=True)
+class Suite:
+    """Cases, and the names of the peers that they are compared with."""
+
+    cases: tuple[Case, ...]
+    peers: tuple[str, ...]
+
+
+# (T, B, I, H): from what bandwidth bounds to what arithmetic bounds. 28 steps of 28: digits, row by row.
 SIZES = (
-    (1, 1, 256, 256),
     (128, 1, 128, 128),
     (128, 1, 512, 512),
     (128, 1, 1024, 1024),
     (128, 8, 256, 256),
+    (128, 32, 128, 128),
+    (128, 32, 256, 256),
     (128, 32, 512, 512),
+    (64, 64, 512, 512),
     (64, 128, 1024, 1024),
+    (28, 150, 28, 150),
 )
+STEP = (1, 1, 256, 256)
+BIDIRECTIONAL_SIZES = ((128, 1, 256, 256), (128, 16, 256, 256))
+LAYERS_SIZE = (128, 8, 256, 256)
+RAGGED_SIZE = (128, 32, 256, 256)
+HALF_SIZES = ((128, 32, 256, 256), (128, 32, 512, 512), (64, 128, 1024, 1024), (128, 1, 512, 512))
 QUICK_SIZES = ((1, 1, 16, 16), (4, 2, 8, 16))
 
+# (T, B, H) around (128, 32, 256), one axis at a time; the input is as wide as the layer.
+SWEEP = (
+    *((steps, 32, 256) for steps in (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)),
+    *((128, batch, 256) for batch in (1, 2, 4, 8, 16, 64, 128, 256)),
+    *((128, 32, hidden) for hidden in (32, 64, 128, 512, 1024, 2048)),
+)
+SWEPT = (("lstm", "infer"), ("gru", "infer"), ("lstm", "train"))
 
-def cases(sizes: tuple[tuple[int, int, int, int], ...] = SIZES) -> list[Case]:
-    """Returns every size for every cell and mode."""
-    return [Case(cell, mode, *size) for cell in GATES for mode in MODES for size in sizes]
+
+def grid(mode: str) -> Iterable[Case]:
+    """Yields the rows that inference and training share."""
+    for cell in GATES:
+        for size in SIZES:
+            yield Case(cell, mode, *size)
+        yield Case(cell, mode, *STEP, streaming=mode == "infer")
+        for size in BIDIRECTIONAL_SIZES:
+            yield Case(cell, mode, *size, directions=2)
+        yield Case(cell, mode, *LAYERS_SIZE, layers=3)
+        yield Case(cell, mode, *RAGGED_SIZE, ragged=True)
+
+
+def half() -> Iterable[Case]:
+    """Yields the rows of two bytes a number."""
+    for cell in GATES:
+        for dtype in ("bfloat16", "float16"):
+            for size in HALF_SIZES:
+                yield Case(cell, "infer", *size, dtype=dtype)
+
+
+def sweep() -> Iterable[Case]:
+    """Yields the points of the axes."""
+    for cell, mode in SWEPT:
+        for steps, batch, hidden in SWEEP:
+            yield Case(cell, mode, steps, batch, hidden, hidden)
+
+
+def quick() -> Iterable[Case]:
+    """Yields tiny cases of every kind that the adapters know."""
+    for cell in GATES:
+        for mode in ("infer", "train"):
+            for size in QUICK_SIZES:
+                yield Case(cell, mode, *size)
+        small = Case(cell, "infer", *QUICK_SIZES[1])
+        yield dataclasses.replace(small, directions=2, layers=2, ragged=True)
+        yield dataclasses.replace(small, streaming=True)
+        yield dataclasses.replace(small, dtype="bfloat16")
+
+
+TRAINERS = ("torch.nn", "compiled loop")
+SUITES = {
+    "infer": Suite(tuple(grid("infer")), (*TRAINERS, "onnxruntime", "openvino")),
+    "train": Suite(tuple(grid("train")), TRAINERS),
+    "half": Suite(tuple(half()), ("torch.nn", "torchrnn fp32")),
+    "sweep": Suite(tuple(sweep()), ()),
+}
+ALL = ("infer", "train")
+QUICK = Suite(tuple(quick()), (*TRAINERS, "onnxruntime", "openvino", "torchrnn fp32"))

@@ -16,6 +16,7 @@ from torchrnn._native import ISAS
 
 CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 MATMUL_SIZE = 1536
+MOST_READ = 1 << 30
 WINDOW = 5e-3  # Seconds of one measurement; a processor is seldom shared within so few.
 
 
@@ -27,6 +28,7 @@ class Level:
     size: int | None  # Bytes, of one core unless it is shared; None for the memory.
     shared: bool
     bandwidth: float  # GB/s, all threads reading.
+    measured: int | None = None  # Bytes that were read to measure it, as ``size``; older files lack it.
 
 
 @dataclass(frozen=True)
@@ -38,31 +40,56 @@ class Floors:
     levels: list[Level]
 
     def milliseconds(self, case: Case, threads: int) -> float:
-        """Returns the least time of a case: its arithmetic, or reading the recurrent weight in every step."""
-        arithmetic = case.flops / self.gflops / 1e9
-        if not self.levels:
-            return 1e3 * arithmetic
-        # The threads divide the weight among them, and each slice stays in the fastest cache that holds it.
-        size, part = case.recurrent_bytes, case.recurrent_bytes / threads
+        """Returns the least time of a case.
+
+        That of the recurrence, arithmetic or reading the recurrent weight in every step, whichever takes
+        longer, plus that of the other products, whose weights are read at least once. Half precision is
+        computed in float32, so its arithmetic has the same peak, but its weights have half the bytes.
+        """
+        scan = case.scan_flops / self.gflops / 1e9
+        rest = (case.flops - case.scan_flops) / self.gflops / 1e9
+        if self.levels:
+            scan = max(scan, case.recurrent_reads * self.reading(case.recurrent_bytes, threads))
+            rest = max(rest, self.reading(case.input_bytes, threads))
+        return 1e3 * (scan + rest)
+
+    def reading(self, size: int, threads: int) -> float:
+        """Returns the seconds of reading a weight once.
+
+        The threads divide it among them, and each slice stays in the fastest cache that holds it.
+        """
+        part = size / threads
         level = next(v for v in self.levels if v.size is None or (size if v.shared else part) <= v.size)
-        reading = size * case.recurrent_reads / level.bandwidth / 1e9
-        return 1e3 * max(arithmetic, reading)
+        return size / level.bandwidth / 1e9
 
 
-def measure(threads: int, seconds: float = 0.3) -> Floors:
-    """Measures for ``seconds`` per rate, with the kernels' own loops if they are there."""
+def measure(threads: int, seconds: float = 0.3, most: int = MOST_READ) -> Floors:
+    """Measures for ``seconds`` per rate, and reads ``most`` bytes, with the kernels' loops if they are there."""
     if torchrnn.info()["why_not"] is not None:
         return Floors(highest(matmul_gflops, seconds), "torch.mm", [])
     isa = torchrnn.info()["isas"][-1]  # The machine's peak, also when weaker kernels are measured.
     gflops = highest(lambda: torch.ops.torchrnn.fma_peak(ISAS.index(isa), WINDOW, threads), seconds)
     levels: list[Level] = []
     for name, size, shared in cache_sizes():
-        # Half of a cache, because other data is in it too; for the memory, four times the last cache.
-        total = size // 2 if size else min(4 * levels[-1].size, 1 << 30)
+        total = min(most, read_size(size, shared, levels, threads))
         read = partial(torch.ops.torchrnn.read_bandwidth, total // threads if shared else total)
         read(1e-9, threads)  # The first call allocates.
-        levels.append(Level(name, size, shared, highest(partial(read, WINDOW, threads), seconds)))
+        levels.append(Level(name, size, shared, highest(partial(read, WINDOW, threads), seconds), total))
     return Floors(gflops, f"fma loop, {isa}", levels)
+
+
+def read_size(size: int | None, shared: bool, faster: list[Level], threads: int) -> int:
+    """Returns the bytes to read to measure a level: of one core, or of all if it is shared.
+
+    Half of a cache, because other data is in it too. Of a shared one at most eight times the caches below:
+    where it is shared with other machines, half of what the system names would lie in memory. For the memory,
+    four times the last cache.
+    """
+    if size is None:
+        last = faster[-1].size if faster else None
+        return min(4 * (last or MOST_READ), MOST_READ)
+    private = [threads * level.size for level in faster if level.size and not level.shared]
+    return min([size // 2, *(8 * total for total in private[-1:])]) if shared else size // 2
 
 
 def highest(rate: Callable[[], float], seconds: float) -> float:

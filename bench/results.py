@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -10,7 +11,8 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from bench.timing import Stats
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "bench" / "results"
+VERSIONS = ("numpy", "onnx", "onnxruntime", "openvino")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,13 @@ class Row:
     floor: float  # Milliseconds, see Floors.
     floor_fraction: float  # Floor / our median.
     errors: dict[str, float]  # Against float64, ours and the peers'.
+    suite: str = ""  # Older files lack this and what follows.
+    case: dict[str, Any] = field(default_factory=dict)  # The fields of Case.
+
+    @property
+    def group(self) -> str:
+        """Returns the suite; a row without one is inference or training."""
+        return self.suite or self.id.rsplit("-", 1)[1]
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,38 @@ class Run:
     isa: str | None
     floors: Floors
     rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """One training step: the memory at its peak beyond what was there before, and its time, by name."""
+
+    id: str
+    threads: int
+    peaks: dict[str, int]  # Bytes.
+    times: dict[str, float]  # Milliseconds, medians.
+
+
+@dataclass(frozen=True)
+class Contention:
+    """The steps of one process, and of two processes at the same time. Milliseconds."""
+
+    id: str
+    name: str
+    threads: int  # Of each process.
+    alone: Stats
+    together: Stats
+    alone_maximum: float
+    together_maximum: float
+
+    @property
+    def median_ratio(self) -> float:
+        return self.together.median / self.alone.median
+
+    @property
+    def maximum_ratio(self) -> float:
+        """Returns how much longer than a usual step alone the longest step of both processes takes."""
+        return self.together_maximum / self.alone.median
 
 
 @dataclass(frozen=True)
@@ -64,6 +106,23 @@ class Result:
     torchrnn: str
     options: dict[str, Any]
     runs: list[Run]
+    versions: dict[str, str] = field(
+        default_factory=dict
+    )  # Of what the peers need. Older files lack this ...
+    skipped: dict[str, str] = field(default_factory=dict)  # Peer -> why it did not run.
+    memory: list[Memory] = field(default_factory=list)
+    contention: list[Contention] = field(default_factory=list)  # ... and all before.
+
+    @property
+    def suites(self) -> set[str]:
+        """Returns what has been measured."""
+        extra = {name for name in ("memory", "contention") if getattr(self, name)}
+        return {row.group for row in self.rows} | extra
+
+    @property
+    def full(self) -> bool:
+        """Returns whether it is neither a trial nor a part."""
+        return not self.options.get("quick") and not self.options.get("filter")
 
     @property
     def rows(self) -> list[Row]:
@@ -86,7 +145,17 @@ def describe(options: dict[str, Any]) -> Result:
         torchrnn=torchrnn.__version__,
         options=options,
         runs=[],
+        versions={"python": platform.python_version(), **installed(VERSIONS)},
     )
+
+
+def installed(packages: Sequence[str]) -> dict[str, str]:
+    """Returns the versions of those packages that are installed."""
+    versions = {}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def git(*arguments: str) -> str:
@@ -134,7 +203,15 @@ def save(result: Result, folder: Path = FOLDER) -> Path:
 def load(path: Path) -> Result:
     """Returns the result that ``save`` has written."""
     content = json.loads(path.read_text())
-    return Result(**{**content, "runs": [run(r) for r in content["runs"]]})
+    lists = {
+        "runs": [run(r) for r in content["runs"]],
+        "memory": [Memory(**m) for m in content.get("memory", [])],
+        "contention": [
+            Contention(**{**c, "alone": Stats(**c["alone"]), "together": Stats(**c["together"])})
+            for c in content.get("contention", [])
+        ],
+    }
+    return Result(**{**content, **lists})
 
 
 def run(content: dict[str, Any]) -> Run:

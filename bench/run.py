@@ -1,7 +1,9 @@
 """Measures torchrnn against its peers, prints the table and writes it to ``bench/results``.
 
-python -m bench                                   # everything, about ten minutes on two cores
+python -m bench                                   # inference and training, half an hour on two cores
 python -m bench --filter 'gru.*train' --threads 1
+python -m bench --suite sweep
+python -m bench memory | contention | report      # see their --help
 """
 
 from __future__ import annotations
@@ -27,11 +29,11 @@ from rich.table import Table
 
 import torchrnn
 from bench import results
-from bench.cases import QUICK_SIZES, SIZES, Case, cases
-from bench.peers import OURS, PEERS
+from bench.cases import ALL, QUICK, SUITES
+from bench.peers import OURS, PEERS, skipped
 from bench.results import Result, Row, Run
 
-WIDTH = 120  # Where there is no terminal to ask.
+WIDTH = 160  # Where there is no terminal to ask.
 QUIET_LOAD = 0.5
 
 
@@ -54,9 +56,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         return float(text)
 
     parser = argparse.ArgumentParser(
-        prog="python -m bench", description="Measures the speed of torchrnn against its peers."
+        prog="python -m bench",
+        description="Measures the speed of torchrnn against its peers.",
+        epilog="Other commands, each with its --help: python -m bench memory, contention, report.",
     )
     add = parser.add_argument
+    add("--suite", choices=[*SUITES, "all"], default="all", help="which cases [all: infer and train]")
     add("--filter", metavar="REGEX", type=regex, default="", help="only cases whose id it is found in")
     add("--threads", metavar="N,N", type=threads, default=[1, 2], help="numbers of threads [1,2]")
     add("--isa", choices=torchrnn.info()["isas"], help="instruction set of our kernels [the best there is]")
@@ -72,6 +77,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.budget = args.budget or (0.02 if args.quick else 4.0)
     return args
+
+
+def choose(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Returns the rows to measure, as the worker wants them."""
+    names = ALL if args.suite == "all" else (args.suite,)
+    suites = {"quick": QUICK} if args.quick else {name: SUITES[name] for name in names}
+    return [
+        {"suite": name, "case": dataclasses.asdict(case), "peers": suite.peers}
+        for name, suite in suites.items()
+        for case in suite.cases
+        if args.filter.search(case.id)
+    ]
 
 
 def run_worker(options: dict[str, Any], isa: str | None, on_row: Callable[[dict[str, Any]], None]) -> Run:
@@ -96,10 +113,13 @@ def run_worker(options: dict[str, Any], isa: str | None, on_row: Callable[[dict[
     return results.run(run)
 
 
-def measure(args: argparse.Namespace, chosen: list[Case], console: Console) -> Result:
+def measure(args: argparse.Namespace, chosen: list[dict[str, Any]], console: Console) -> Result:
     """Runs the cases on each number of threads, behind a progress bar; without a terminal, a line per row."""
-    options = {"filter": args.filter.pattern, "budget": args.budget, "quick": args.quick, "isa": args.isa}
-    result = results.describe(options)
+    options = {name: getattr(args, name) for name in ("suite", "budget", "quick", "isa", "threads")}
+    result = results.describe(options | {"filter": args.filter.pattern})
+    result.skipped.update(skipped({name for row in chosen for name in row["peers"]}))
+    for name, reason in result.skipped.items():
+        console.print(f"skipped: {name}, {reason}", style="yellow")
     columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("starting", total=len(chosen) * len(args.threads))
@@ -107,8 +127,8 @@ def measure(args: argparse.Namespace, chosen: list[Case], console: Console) -> R
         def on_row(row: dict[str, Any]) -> None:
             progress.update(bar, advance=1, description=row["id"])
             if not console.is_terminal:
-                ratios = ", ".join(f"{ratio:.2f} of {name}" for name, ratio in row["ratios"].items())
-                console.print(f"{row['id']}: {row['ours']:.3f} ms, ratio {ratios}")
+                ratios = "".join(f", {name} {ratio:.2f}" for name, ratio in row["ratios"].items())
+                console.print(f"{row['id']}: {row['ours']:.3f} ms{ratios}")
 
         for threads in args.threads:
             if not console.is_terminal:
@@ -117,7 +137,7 @@ def measure(args: argparse.Namespace, chosen: list[Case], console: Console) -> R
                 "threads": threads,
                 "quick": args.quick,
                 "budget": args.budget,
-                "cases": [dataclasses.asdict(case) for case in chosen],
+                "rows": chosen,
             }
             result.runs.append(run_worker(worker, args.isa, on_row))
     return result
@@ -137,32 +157,38 @@ def report(result: Result, console: Console) -> None:
         rates += [f"{level.name} {level.bandwidth:.0f} GB/s" for level in run.floors.levels]
         console.print(f"threads {run.threads}, kernels {run.isa or 'none'}: {', '.join(rates)}")
     console.print(table(result.rows))
-    for peer in PEERS:
-        rows = [row for row in result.rows if peer.name in row.ratios]
+    for peer in peer_names(result.rows):
+        rows = [row for row in result.rows if peer in row.ratios]
         parts = {f"threads {run.threads}": run.rows for run in result.runs} | {"together": rows}
         for label, part in parts.items():
-            means = results.geometric_means(part, peer.name)
+            means = results.geometric_means(part, peer)
             text = ", ".join(f"{name} {mean:.2f}" for name, mean in means.items())
-            console.print(f"geometric mean of {peer.name} / {OURS.name}, {label}: {text}")
-        worst = min(rows, key=lambda row: row.ratios[peer.name])
-        console.print(f"worst: {worst.ratios[peer.name]:.2f}, {worst.id}, threads {worst.threads}")
+            console.print(f"geometric mean of {peer} / {OURS.name}, {label}: {text}")
+        worst = min(rows, key=lambda row: row.ratios[peer])
+        console.print(f"worst: {worst.ratios[peer]:.2f}, {worst.id}, threads {worst.threads}")
+
+
+def peer_names(rows: Sequence[Row]) -> list[str]:
+    """Returns who has been measured, in the order of ``PEERS``."""
+    measured = {name for row in rows for name in row.ratios}
+    return [peer.name for peer in PEERS if peer.name in measured]
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """Returns the rows as a table, with two columns per peer: its median and the ratio of that to ours."""
-    names = [peer.name for peer in PEERS]
-    out = Table("case", title="medians in ms; ratio: peer / ours; error: ours, and the largest of a peer")
-    per_peer = [title for name in names for title in (name, "ratio")]
-    for title in ("thr", OURS.name, *per_peer, "of peak", "of floor", "error", "peer's"):
-        out.add_column(title, justify="right", no_wrap=True)
+    """Returns the rows as a table, with the ratio of each peer's median to ours."""
+    names = peer_names(rows)
+    out = Table(
+        "case", title="medians in ms; peers: their median / ours; error: ours, and the largest of a peer"
+    )
+    out.add_column("case", no_wrap=True)
+    for title in ("thr", "ms", *names, "of peak", "of floor", "error", "peers'"):
+        out.add_column(title, justify="right", no_wrap=title not in names)
     for row in rows:
-        cells = [row.id, str(row.threads), f"{row.ours.median:.3f}"]
-        for name in names:
-            compared = name in row.peers
-            cells += [f"{row.peers[name].median:.3f}", f"{row.ratios[name]:.2f}"] if compared else ["", ""]
-        worst = max((row.errors[name] for name in names if name in row.errors), default=math.nan)
-        cells += [f"{row.peak_fraction:.0%}", f"{row.floor_fraction:.0%}"]
-        out.add_row(*cells, f"{row.errors[OURS.name]:.1e}", f"{worst:.1e}")
+        ratios = [f"{row.ratios[name]:.2f}" if name in row.ratios else "" for name in names]
+        worst = max((row.errors[name] for name in row.ratios), default=math.nan)
+        cells = [row.id, str(row.threads), f"{row.ours.median:.3f}", *ratios]
+        cells += [f"{row.peak_fraction:.0%}", f"{row.floor_fraction:.0%}", f"{row.errors[OURS.name]:.1e}"]
+        out.add_row(*cells, "" if math.isnan(worst) else f"{worst:.1e}")
     return out
 
 
@@ -171,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, console = parse(argv), Console(highlight=False)
     if not console.is_terminal:
         console.width = WIDTH
-    chosen = [case for case in cases(QUICK_SIZES if args.quick else SIZES) if args.filter.search(case.id)]
+    chosen = choose(args)
     if not chosen:
         print(f"bench: no case matches {args.filter.pattern!r}", file=sys.stderr)
         return 2

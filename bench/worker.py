@@ -1,7 +1,7 @@
 """The process that measures: one per number of threads, because thread pools are made once.
 
 Called by ``bench.run`` with its options as JSON; prints lines of JSON: the times of each row once they are
-known, and at the end the whole run.
+known, and at the end the whole run. A row is asked for by its suite, its case and the names of the peers.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,26 +18,34 @@ import torchrnn
 from bench import floors, peers
 from bench.cases import Case
 from bench.results import Row, Run
-from bench.timing import Stats, interleave
+from bench.timing import PAUSE, Stats, interleave
 
-QUICK_SECONDS = 0.01
-SECONDS = 0.3
-
-ALL = (peers.OURS, *peers.PEERS)
+# Of one measurement of a rate: seconds and most bytes.
+EFFORT: dict[str, Any] = {"seconds": 0.3, "most": floors.MOST_READ}
+QUICK_EFFORT: dict[str, Any] = {"seconds": 0.01, "most": 1 << 22}
 
 Times = dict[str, Stats]
 
 
-def measure(case: Case, budget: float) -> Times:
-    """Returns the times of ours and of all peers that can run the case, taken in turns."""
+class Measured(NamedTuple):
+    suite: str
+    case: Case
+    times: Times
+    errors: dict[str, float]
+
+
+def measure(case: Case, others: Sequence[peers.Peer], budget: float) -> Times:
+    """Returns the times of ours and of the others, taken in turns."""
     problem = peers.make_problem(case)
-    able = [peer for peer in ALL if peer.supports(case)]
-    times = interleave([peer.prepare(problem) for peer in able], budget)
+    able = [peers.OURS, *others]
+    clash = torch.get_num_threads() > 1 and any(peer.own_threads for peer in able)
+    times = interleave([peer.prepare(problem) for peer in able], budget, PAUSE if clash else 0.0)
     return {peer.name: time for peer, time in zip(able, times, strict=True)}
 
 
-def make_row(case: Case, threads: int, times: Times, errors: dict[str, float], limits: floors.Floors) -> Row:
+def make_row(measured: Measured, threads: int, limits: floors.Floors) -> Row:
     """Returns the row of a case: its times beside what the machine can do."""
+    suite, case, times, errors = measured
     ours = times[peers.OURS.name]
     others = {name: time for name, time in times.items() if time is not ours}
     gflops = case.flops / ours.median / 1e6
@@ -52,23 +61,27 @@ def make_row(case: Case, threads: int, times: Times, errors: dict[str, float], l
         floor=floor,
         floor_fraction=floor / ours.median,
         errors=errors,
+        suite=suite,
+        case=dataclasses.asdict(case),
     )
 
 
 def main(options: dict[str, Any]) -> None:
-    threads, seconds = options["threads"], QUICK_SECONDS if options["quick"] else SECONDS
+    threads, effort = options["threads"], QUICK_EFFORT if options["quick"] else EFFORT
     torch.set_num_threads(threads)
-    limits = floors.measure(threads, seconds)
+    limits = floors.measure(threads, **effort)
     measured = []
-    for case in (Case(**fields) for fields in options["cases"]):
-        times = measure(case, options["budget"])
+    for asked in options["rows"]:
+        case = Case(**asked["case"])
+        others = peers.select(case, asked["peers"])
+        times = measure(case, others, options["budget"])
         ours = times[peers.OURS.name].median
         ratios = {name: time.median / ours for name, time in times.items() if name != peers.OURS.name}
         print(json.dumps({"id": case.id, "ours": ours, "ratios": ratios}), flush=True)
-        measured.append((case, times, peers.errors(case, [peer for peer in ALL if peer.name in times])))
+        measured.append(Measured(asked["suite"], case, times, peers.errors(case, [peers.OURS, *others])))
     # Once more, at another time: a disturbed measurement would put the rows above what is possible.
-    limits = floors.merged(limits, floors.measure(threads, seconds))
-    rows = [make_row(case, threads, times, errors, limits) for case, times, errors in measured]
+    limits = floors.merged(limits, floors.measure(threads, **effort))
+    rows = [make_row(values, threads, limits) for values in measured]
     print(
         json.dumps({"run": dataclasses.asdict(Run(threads, torchrnn.info()["isa"], limits, rows))}),
         flush=True,

@@ -13,11 +13,17 @@ import torch
 
 from bench import floors, peers, results, timing
 from bench import run as bench_run
-from bench.cases import QUICK_SIZES, SIZES, Case, cases
+from bench.cases import GATES, QUICK, SUITES, Case
+from bench.peers.loop import CompiledLoop
+from bench.peers.onnx import OnnxRuntime, OpenVino, missing
+
+
+def a_time() -> timing.Stats:
+    return timing.Stats(median=2.0, minimum=1.0, iqr=0.5, repeats=5, calls=3)
 
 
 def a_row(name: str = "lstm-b1-t1-h8-fp32-infer", ratio: float = 2.0) -> results.Row:
-    time = timing.Stats(median=2.0, minimum=1.0, iqr=0.5, repeats=5, calls=3)
+    time = a_time()
     return results.Row(
         name, 1, time, {"torch.nn": time}, {"torch.nn": ratio}, 1.0, 0.1, 0.2, 0.3, {"torchrnn": 1e-7}
     )
@@ -26,52 +32,144 @@ def a_row(name: str = "lstm-b1-t1-h8-fp32-infer", ratio: float = 2.0) -> results
 def a_result() -> results.Result:
     levels = [floors.Level("L1", 32768, False, 200.0), floors.Level("memory", None, True, 20.0)]
     run = results.Run(1, "avx2", floors.Floors(100.0, "fma loop, avx2", levels), [a_row()])
-    return dataclasses.replace(results.describe({"quick": True}), runs=[run])
+    memory = results.Memory("lstm-b1-t1-h8-fp32-train", 1, {"torchrnn": 1000}, {"torchrnn": 1.0})
+    contention = results.Contention("lstm-b1-t1-h8-fp32-train", "torchrnn", 1, a_time(), a_time(), 2.0, 3.0)
+    return dataclasses.replace(
+        results.describe({"quick": True}), runs=[run], memory=[memory], contention=[contention]
+    )
+
+
+SMALL = [
+    Case(cell, "infer", 5, 3, 7, 8, directions, layers, ragged, streaming=streaming)
+    for cell in GATES
+    for directions in (1, 2)
+    for layers in (1, 3)
+    for ragged in (False, True)
+    for streaming in (False, True)
+]
+
+
+def by_id(case: Case) -> str:
+    return case.id
 
 
 def test_cases_have_distinct_ids() -> None:
-    for sizes in (SIZES, QUICK_SIZES):
-        chosen = cases(sizes)
-        assert len({case.id for case in chosen}) == len(chosen) == 4 * len(sizes)
+    for suite in (*SUITES.values(), QUICK):
+        assert len({case.id for case in suite.cases}) == len(suite.cases) > 0
+
+
+def test_suites_name_peers_that_exist() -> None:
+    names = {peer.name for peer in peers.PEERS}
+    assert len(names) == len(peers.PEERS)
+    for suite in (*SUITES.values(), QUICK):
+        assert names.issuperset(suite.peers)
 
 
 def test_case_id_names_what_is_measured() -> None:
     assert Case("lstm", "train", 128, 32, 512, 512).id == "lstm-b32-t128-h512-fp32-train"
-    assert Case("gru", "infer", 4, 2, 8, 16).id == "gru-b2-t4-i8-h16-fp32-infer"
+    assert Case("gru", "infer", 28, 150, 28, 150, dtype="bfloat16").id == "gru-b150-t28-i28-h150-bf16-infer"
+    assert Case("lstm", "infer", 4, 2, 8, 8, 2, 3, True).id == "lstm-b2-t4-h8-bi-l3-ragged-fp32-infer"
+    assert Case("gru", "infer", 1, 1, 8, 8, streaming=True).id == "gru-b1-t1-h8-stream-fp32-infer"
 
 
 def test_case_counts_operations() -> None:
     infer = Case("lstm", "infer", 5, 3, 7, 11)
     assert infer.flops == 2 * 5 * 3 * 44 * (7 + 11)
-    assert dataclasses.replace(infer, mode="train").flops == 3 * infer.flops
+    train = dataclasses.replace(infer, mode="train")
+    assert train.flops == 3 * infer.flops
+    assert train.scan_flops == 2 * infer.scan_flops == 2 * 2 * 5 * 3 * 44 * 11
     assert dataclasses.replace(infer, cell="gru").recurrent_bytes == 4 * 33 * 11
+    assert dataclasses.replace(infer, dtype="bfloat16").recurrent_bytes == 2 * 44 * 11
+    stacked = dataclasses.replace(infer, directions=2, layers=3)
+    assert stacked.flops == 2 * 5 * 3 * 2 * 44 * ((7 + 11) + 2 * (22 + 11))
+    assert stacked.recurrent_reads == 5 * 2 * 3
 
 
-@pytest.mark.parametrize("case", cases(QUICK_SIZES), ids=lambda case: case.id)
-def test_peers_compute_the_same(case: Case) -> None:
-    problem = peers.make_problem(case)
-    exact = peers.EXACT.prepare(problem)()
-    # Output, states and, in training, the gradients of input, two weights and two biases.
-    states = 2 if case.cell == "lstm" else 1
-    assert len(exact) == 1 + states + (5 if case.mode == "train" else 0)
-    eps = torch.finfo(torch.float32).eps
-    errors = peers.errors(case, [peers.OURS, *peers.PEERS])
-    assert errors["torchrnn"] <= 2 * errors["torch.nn"] + 8 * eps
+def test_ragged_case_counts_half_of_the_tokens_in_no_order() -> None:
+    case = Case("gru", "infer", 128, 32, 8, 8, ragged=True)
+    assert (min(case.lengths), max(case.lengths), len(case.lengths)) == (1, 128, 32)
+    assert sum(case.lengths) == pytest.approx(128 * 32 / 2, rel=0.02)
+    assert list(case.lengths) not in (sorted(case.lengths), sorted(case.lengths, reverse=True))
+    full = dataclasses.replace(case, ragged=False)
+    assert case.flops * 128 * 32 == full.flops * sum(case.lengths)
+    assert Case("gru", "infer", 4, 1, 8, 8, ragged=True).lengths == (4,)
+
+
+def check_errors(case: Case, peer: peers.Peer) -> None:
+    errors = peers.errors(case, [peers.PEERS[0], peer])
+    assert errors[peer.name] <= 2 * errors["torch.nn"] + 8 * torch.finfo(getattr(torch, case.dtype)).eps
+
+
+@pytest.mark.parametrize("case", [*QUICK.cases, *SMALL], ids=by_id)
+def test_our_layer_computes_the_same(case: Case) -> None:
+    check_errors(case, peers.OURS)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=by_id)
+def test_onnxruntime_computes_the_same(case: Case) -> None:
+    check_errors(case, OnnxRuntime())
+
+
+@pytest.mark.parametrize("case", SMALL, ids=by_id)
+def test_openvino_computes_the_same(case: Case) -> None:
+    pytest.importorskip("openvino", reason="openvino is in no extra of the tests, because of its size")
+    check_errors(case, OpenVino())
+
+
+# torch 2.13 itself, when it traces a step whose state is the result of another.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("mode", ["infer", "train"])
+@pytest.mark.parametrize("cell", GATES)
+def test_compiled_loop_computes_the_same(cell: str, mode: str) -> None:
+    # Traced but not compiled, which would take seconds.
+    check_errors(Case(cell, mode, 5, 3, 7, 8), CompiledLoop("eager"))
+
+
+def test_half_precision_is_compared_with_float32_on_the_same_values() -> None:
+    case = Case("lstm", "infer", 5, 3, 7, 8, dtype="bfloat16")
+    assert peers.make_problem(case).x.dtype == torch.bfloat16
+    errors = peers.errors(case, [peers.OURS, *peers.select(case, ["torchrnn fp32"])])
+    assert errors["torchrnn fp32"] <= 8 * torch.finfo(torch.float32).eps < errors["torchrnn"]
+
+
+def test_problem_has_what_a_case_asks_for() -> None:
+    exact = peers.EXACT.prepare(peers.make_problem(Case("lstm", "train", 5, 3, 7, 8, 2, 3, True)))()
+    shapes = [tuple(value.shape) for value in exact[:4]]
+    assert shapes == [(5, 3, 16), (6, 3, 8), (6, 3, 8), (5, 3, 7)]
+    assert len(exact) == 4 + 2 * 3 * 4  # Gradients of two weights and two biases.
+    streaming = peers.make_problem(Case("gru", "infer", 1, 3, 7, 8, streaming=True))
+    assert [tuple(part.shape) for part in streaming.state] == [(1, 3, 8)]
+
+
+def test_peers_are_selected_by_name_and_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    infer, train = Case("gru", "infer", 1, 1, 8, 8), Case("gru", "train", 128, 8, 256, 256)
+
+    def names(case: Case) -> list[str]:
+        return [peer.name for peer in peers.select(case, ["torch.nn", "compiled loop", "onnxruntime"])]
+
+    monkeypatch.setattr(CompiledLoop, "available", lambda self: None)
+    assert names(infer) == ["torch.nn", "onnxruntime"]
+    assert names(train) == ["torch.nn", "compiled loop"]
+    assert peers.skipped(["torch.nn", "onnxruntime"]) == {}
+    monkeypatch.setattr(OnnxRuntime, "available", lambda self: missing("onnx", "no_such_module"))
+    assert names(infer) == ["torch.nn"]
+    assert peers.skipped(["torch.nn", "onnxruntime"]) == {"onnxruntime": "no_such_module not installed"}
 
 
 def test_errors_are_seen() -> None:
-    case = cases(QUICK_SIZES)[0]
+    case = QUICK.cases[0]
 
     class Wrong(peers.TorchLayer):
         def prepare(self, problem: peers.Problem) -> peers.Run:
             run = super().prepare(problem)
             return lambda: [2 * value for value in run()]
 
-    assert peers.errors(case, [Wrong("wrong", peers.TORCH_NN)])["wrong"] == pytest.approx(1.0)
+    wrong = Wrong("wrong", peers.TORCH_LAYERS, peers.packed_forward)
+    assert peers.errors(case, [wrong])["wrong"] == pytest.approx(1.0)
 
 
 def test_long_cases_are_shortened_for_float64() -> None:
-    for case in cases():
+    for case in (case for suite in SUITES.values() for case in suite.cases):
         short = peers.shortened(case)
         assert min(case.steps, peers.ERROR_STEPS) <= short.steps <= case.steps
         assert dataclasses.replace(short, steps=case.steps) == case
@@ -100,24 +198,59 @@ def test_interleave_takes_turns_in_alternating_order(monkeypatch: pytest.MonkeyP
     assert a.minimum <= a.median
 
 
-def test_floor_is_arithmetic_or_reading() -> None:
-    levels = [
-        floors.Level("L2", 1 << 20, False, 200.0),
-        floors.Level("L3", 4 << 20, True, 100.0),
-        floors.Level("memory", None, True, 10.0),
-    ]
-    limits = floors.Floors(100.0, "test", levels)
-    wide = Case("lstm", "infer", 10, 1024, 256, 256)
-    assert limits.milliseconds(wide, 1) == pytest.approx(wide.flops / 100e9 * 1e3)
-    limits = floors.Floors(1e9, "test", levels)
+def test_interleave_pauses_and_warms_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    monkeypatch.setattr(timing, "SAMPLE_SECONDS", 0.0)
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: log.append("."))
+    timing.interleave([lambda: log.append("a"), lambda: log.append("b")], budget=1e-9, pause=1e-9)
+    assert "".join(log).endswith(".aa.bb" + ".bb.aa" + ".aa.bb")
+
+
+LEVELS = [
+    floors.Level("L2", 1 << 20, False, 200.0),
+    floors.Level("L3", 4 << 20, True, 100.0),
+    floors.Level("memory", None, True, 10.0),
+]
+
+
+def test_floor_of_many_rows_is_arithmetic() -> None:
+    limits = floors.Floors(100.0, "test", LEVELS)
+    for mode in ("infer", "train"):
+        case = Case("lstm", mode, 10, 1024, 256, 256)
+        assert limits.milliseconds(case, 1) == pytest.approx(case.flops / 100e9 * 1e3)
+
+
+def test_floor_of_one_row_is_reading_and_the_projection() -> None:
+    limits = floors.Floors(100.0, "test", LEVELS)
     for hidden, threads, bandwidth in ((256, 1, 200), (360, 1, 100), (360, 2, 200), (1024, 4, 10)):
-        case = Case("lstm", "train", 10, 1, 1, hidden)
-        expected = 20 * case.recurrent_bytes / (bandwidth * 1e9) * 1e3
-        assert limits.milliseconds(case, threads) == pytest.approx(expected)
+        case = Case("lstm", "infer", 10, 1, hidden, hidden)
+        reading = 10 * case.recurrent_bytes / (bandwidth * 1e9)
+        projection = max(case.projection_flops / 100e9, case.recurrent_bytes / (bandwidth * 1e9))
+        assert limits.milliseconds(case, threads) == pytest.approx(1e3 * (reading + projection))
+
+
+def test_floor_reads_half_precision_in_half_the_time() -> None:
+    limits = floors.Floors(1e9, "test", LEVELS)
+    case = Case("lstm", "infer", 10, 1, 256, 256)
+    narrow = dataclasses.replace(case, dtype="float16")
+    assert limits.milliseconds(narrow, 1) == pytest.approx(limits.milliseconds(case, 1) / 2)
+
+
+def test_floor_without_bandwidths_is_arithmetic() -> None:
+    case = Case("gru", "infer", 10, 1, 256, 256)
+    assert floors.Floors(100.0, "test", []).milliseconds(case, 1) == pytest.approx(case.flops / 100e9 * 1e3)
+
+
+def test_shared_cache_is_measured_within_this_machine() -> None:
+    l2 = floors.Level("L2", 2 << 20, False, 200.0)
+    assert floors.read_size(2 << 20, False, [], 2) == 1 << 20
+    assert floors.read_size(260 << 20, True, [l2], 2) == 32 << 20
+    assert floors.read_size(32 << 20, True, [l2], 2) == 16 << 20
+    assert floors.read_size(None, True, [dataclasses.replace(l2, size=32 << 20, shared=True)], 2) == 128 << 20
 
 
 def test_floors_are_measured() -> None:
-    limits = floors.measure(threads=1, seconds=0.002)
+    limits = floors.measure(threads=1, seconds=0.002, most=1 << 22)
     assert limits.gflops > 0
     assert limits.peak_source
     assert all(level.bandwidth > 0 for level in limits.levels)
@@ -138,6 +271,21 @@ def test_result_survives_its_file(tmp_path: Path) -> None:
     assert results.load(path) == result
     assert path.name.startswith(f"{result.date[:10]}T")
     assert ("-dirty" in path.name) == result.dirty
+
+
+def test_committed_results_load() -> None:
+    paths = sorted(results.FOLDER.glob("*.json"))
+    assert paths
+    for path in paths:
+        result = results.load(path)
+        assert result.suites
+        assert all(row.group for row in result.rows)
+
+
+def test_result_knows_its_suites() -> None:
+    result = a_result()
+    assert (result.suites, result.full) == ({"infer", "memory", "contention"}, False)
+    assert dataclasses.replace(result, options={"quick": False, "filter": ""}).full
 
 
 def test_result_never_replaces_another(tmp_path: Path) -> None:
@@ -172,14 +320,20 @@ def test_filter_without_cases_is_an_error(capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.parametrize("program", [["-m", "bench"], ["bench/run.py"]])
 def test_quick_run_writes_a_result(tmp_path: Path, program: list[str]) -> None:
-    arguments = ["--quick", "--filter", "gru-b2.*train", "--threads", "1", "--out", str(tmp_path)]
+    arguments = ["--quick", "--filter", "gru-b2.*(train|ragged)", "--threads", "1", "--out", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, *program, *arguments], cwd=results.ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "geometric mean of torch.nn / torchrnn" in done.stdout
     (path,) = tmp_path.iterdir()
-    (row,) = results.load(path).rows
-    assert row.id == "gru-b2-t4-i8-h16-fp32-train"
-    assert row.ratios["torch.nn"] == pytest.approx(row.peers["torch.nn"].median / row.ours.median)
-    assert all(math.isfinite(error) for error in row.errors.values())
+    result = results.load(path)
+    train, ragged = result.rows
+    assert train.id == "gru-b2-t4-i8-h16-fp32-train"
+    assert Case(**train.case).id == train.id
+    assert train.ratios["torch.nn"] == pytest.approx(train.peers["torch.nn"].median / train.ours.median)
+    assert {"torch.nn", "onnxruntime"} <= ragged.ratios.keys()
+    assert all(name in done.stdout for name in result.skipped)
+    for row in result.rows:
+        assert row.errors.keys() == {"torchrnn", *row.ratios}
+        assert all(math.isfinite(error) for error in row.errors.values())

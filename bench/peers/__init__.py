@@ -1,0 +1,89 @@
+"""What is measured against what: adapters that make a library run a case, and what they get wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+import torchrnn
+from bench.cases import Case
+from bench.peers.layers import Layers, TorchLayer, lengths_forward, packed_forward
+from bench.peers.loop import CompiledLoop
+from bench.peers.onnx import OnnxRuntime, OpenVino
+from bench.peers.problem import Peer, Problem, Run, make_problem
+
+__all__ = [
+    "EXACT",
+    "LAYERS",
+    "OURS",
+    "PEERS",
+    "TORCH_LAYERS",
+    "Peer",
+    "Problem",
+    "Run",
+    "TorchLayer",
+    "errors",
+    "lengths_forward",
+    "make_problem",
+    "packed_forward",
+    "select",
+    "shortened",
+    "skipped",
+]
+
+LAYERS: Layers = {"lstm": torchrnn.LSTM, "gru": torchrnn.GRU}
+TORCH_LAYERS: Layers = {"lstm": nn.LSTM, "gru": nn.GRU}
+
+OURS = TorchLayer("torchrnn", LAYERS, lengths_forward)
+EXACT = TorchLayer("float64", TORCH_LAYERS, packed_forward, dtype=torch.float64)
+# What half precision gains or loses: the same layer on the same values in float32.
+WIDE = TorchLayer(
+    "torchrnn fp32", LAYERS, lengths_forward, dtype=torch.float32, dtypes=("bfloat16", "float16")
+)
+PEERS: tuple[Peer, ...] = (
+    TorchLayer("torch.nn", TORCH_LAYERS, packed_forward),
+    CompiledLoop(),
+    OnnxRuntime(),
+    OpenVino(),
+    WIDE,
+)
+
+
+def select(case: Case, names: Iterable[str]) -> list[Peer]:
+    """Returns the named peers that can run the case here."""
+    chosen = set(names)
+    return [p for p in PEERS if p.name in chosen and p.available() is None and p.supports(case)]
+
+
+def skipped(names: Iterable[str]) -> dict[str, str]:
+    """Returns why which of the named peers cannot run here."""
+    chosen = set(names)
+    reasons = {peer.name: peer.available() for peer in PEERS if peer.name in chosen}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+# Float64 is slow, and errors show in a few steps as well as in many.
+ERROR_FLOPS = 2e9
+ERROR_STEPS = 4
+
+
+def shortened(case: Case) -> Case:
+    """Returns the case with as many steps as a run in float64 can afford."""
+    affordable = int(case.steps * ERROR_FLOPS / case.flops)
+    return dataclasses.replace(case, steps=min(case.steps, max(ERROR_STEPS, affordable)))
+
+
+def errors(case: Case, peers: Iterable[Peer]) -> dict[str, float]:
+    """Returns each peer's largest error against float64, relative to the largest value of its tensor."""
+    problem = make_problem(shortened(case))
+    exact = EXACT.prepare(problem)()
+    return {
+        peer.name: max(
+            float((torch.as_tensor(value).double() - true).abs().max() / true.abs().max())
+            for value, true in zip(peer.prepare(problem)(), exact, strict=True)
+        )
+        for peer in peers
+    }

@@ -1,0 +1,94 @@
+"""Layers of torch.nn and those with its interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from bench.cases import Case
+from bench.peers.problem import Kind, Problem, Run, make_layer
+
+Forward = Callable[[nn.Module, Tensor, Any, Tensor | None], tuple[Tensor, Any]]
+Layers = dict[str, Kind]
+
+
+def packed_forward(layer: nn.Module, x: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, Any]:
+    """Calls a layer of torch.nn, in a ragged case with the packing that its user has to do."""
+    if lengths is None:
+        y, final = layer(x, state)
+        return y, final
+    packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    y, final = layer(packed, state)
+    return pad_packed_sequence(y, total_length=x.size(0))[0], final
+
+
+def lengths_forward(layer: nn.Module, x: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, Any]:
+    """Calls a layer of torchrnn."""
+    y, final = layer(x, state) if lengths is None else layer(x, state, lengths=lengths)
+    return y, final
+
+
+class TorchLayer:
+    """A layer with the interface of torch.nn.
+
+    Args:
+        name: Of the peer, in the results.
+        layers: Cell -> class.
+        forward: Calls a layer with input, state and lengths.
+        dtype: What to compute in; by default the dtype of the case.
+        dtypes: Which cases to run, by their dtype; by default all.
+        options: Further arguments of the classes.
+    """
+
+    own_threads = False
+
+    def __init__(
+        self,
+        name: str,
+        layers: Layers,
+        forward: Forward,
+        *,
+        dtype: torch.dtype | None = None,
+        dtypes: Collection[str] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        self.name, self.layers, self.forward = name, layers, forward
+        self.dtype, self.dtypes, self.options = dtype, dtypes, options or {}
+
+    def available(self) -> str | None:
+        return None
+
+    def supports(self, case: Case) -> bool:
+        return self.dtypes is None or case.dtype in self.dtypes
+
+    def prepare(self, problem: Problem) -> Run:
+        case = problem.case
+        dtype = self.dtype or problem.x.dtype
+        layer = make_layer(self.layers[case.cell], case, dtype=dtype, **self.options)
+        layer.load_state_dict(problem.weights)
+        parameters = list(layer.parameters())
+        x, dy = problem.x.to(dtype, copy=True), problem.dy.to(dtype)
+        states = tuple(part.to(dtype) for part in problem.state)
+        state = None if not states else states if case.cell == "lstm" else states[0]
+
+        def forward() -> list[Tensor]:
+            y, final = self.forward(layer, x, state, problem.lengths)
+            return [y, *(final if isinstance(final, tuple) else (final,))]
+
+        def infer() -> list[Tensor]:
+            with torch.inference_mode():
+                return forward()
+
+        def train() -> list[Tensor]:
+            outputs = forward()
+            gradients = torch.autograd.grad(outputs[0], [x, *parameters], dy)
+            return [*(output.detach() for output in outputs), *gradients]
+
+        if case.mode == "infer":
+            return infer
+        x.requires_grad_()
+        return train

@@ -1,0 +1,71 @@
+"""What a peer is given, and what it must be able to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bench.cases import Case
+
+# Tensors or arrays: output, final states and, in training, the gradients of the input and the parameters.
+Run = Callable[[], Sequence[Any]]
+Kind = Callable[..., nn.RNNBase]  # A class of layers with the arguments of torch.nn.LSTM.
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The tensors of a case, equal for all peers and of the dtype of the case.
+
+    T steps, B rows, I inputs, H hidden units, D directions, L layers.
+    """
+
+    case: Case
+    x: Tensor  # [T, B, I]
+    dy: Tensor  # [T, B, D*H], the gradient of the output in training.
+    state: tuple[Tensor, ...]  # [L*D, B, H] each, before the first step; empty unless streaming.
+    lengths: Tensor | None  # [B], if ragged.
+    weights: dict[str, Tensor]  # With the names and layout of torch.nn.
+
+
+def make_problem(case: Case) -> Problem:
+    """Returns the tensors of a case, the same ones at every call."""
+    dtype, bound = getattr(torch, case.dtype), 1 / math.sqrt(case.hidden)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        x = torch.randn(case.steps, case.batch, case.inputs).to(dtype)
+        dy = torch.randn(case.steps, case.batch, case.directions * case.hidden).to(dtype)
+        states = {"lstm": 2, "gru": 1}[case.cell] if case.streaming else 0
+        shape = case.layers * case.directions, case.batch, case.hidden
+        state = tuple(torch.rand(shape).sub_(0.5).to(dtype) for _ in range(states))
+        # As torch.nn initialises them: uniform in +-1/sqrt(H).
+        with torch.device("meta"):
+            shapes = make_layer(nn.LSTM if case.cell == "lstm" else nn.GRU, case).state_dict()
+        weights = {
+            name: torch.empty(like.shape).uniform_(-bound, bound).to(dtype) for name, like in shapes.items()
+        }
+    lengths = torch.tensor(case.lengths) if case.ragged else None
+    return Problem(case, x, dy, state, lengths, weights)
+
+
+def make_layer(kind: Kind, case: Case, **options: Any) -> nn.RNNBase:
+    """Returns a new layer of the case's sizes."""
+    return kind(case.inputs, case.hidden, case.layers, bidirectional=case.directions == 2, **options)
+
+
+class Peer(Protocol):
+    name: str
+    own_threads: bool  # Whether it brings threads of its own beside those of torch.
+
+    def available(self) -> str | None:
+        """Returns why the peer cannot run here, or None if it can."""
+
+    def supports(self, case: Case) -> bool:
+        """Returns whether the peer runs the case."""
+
+    def prepare(self, problem: Problem) -> Run:
+        """Returns a function that runs the case once and returns all that it computed."""
