@@ -23,7 +23,7 @@ CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
 .DELETE_ON_ERROR:
 # Two pips at once in one environment damage it.
 .NOTPARALLEL:
-.PHONY: help demo test test-slow check format bench nvcc-check clean distclean
+.PHONY: help demo test test-slow check format bench bench-peers nvcc-check clean distclean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ format: $(VENV)/.with-dev ## Apply the formatters and the safe fixes of the lint
 
 bench: $(VENV)/.with-bench build/.extension ## Measure the speed against torch.nn; ARGS goes to the bench.
 	@$(BIN)/python -m bench $(ARGS)
+
+bench-peers: $(VENV)/.with-peers ## The same against ONNX Runtime and OpenVINO too, which it installs.
+	@$(MAKE) --no-print-directory bench
 
 clean: ## Remove what was built, and the caches.
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

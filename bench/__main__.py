@@ -1,5 +1,10 @@
+"""Measures the layers against their peers: ``python -m bench --help``."""
+
+import importlib
 import sys
 
-from bench.run import main
+COMMANDS = ("memory", "contention", "report")
 
-sys.exit(main())
+arguments = sys.argv[1:]
+command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "run"
+sys.exit(importlib.import_module(f"bench.{command}").main(arguments))

@@ -64,7 +64,10 @@ class Floors:
 
 
 def measure(threads: int, seconds: float = 0.3, most: int = MOST_READ) -> Floors:
-    """Measures for ``seconds`` per rate, and reads ``most`` bytes, with the kernels' loops if they are there."""
+    """Measures for ``seconds`` per rate, with the kernels' own loops if they are there.
+
+    Reads at most ``most`` bytes again and again for a bandwidth.
+    """
     if torchrnn.info()["why_not"] is not None:
         return Floors(highest(matmul_gflops, seconds), "torch.mm", [])
     isa = torchrnn.info()["isas"][-1]  # The machine's peak, also when weaker kernels are measured.

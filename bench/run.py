@@ -12,9 +12,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
-import re
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,52 +25,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from rich.table import Table
 
 import torchrnn
-from bench import results
+from bench import options, results
 from bench.cases import ALL, QUICK, SUITES
 from bench.peers import OURS, PEERS, skipped
 from bench.results import Result, Row, Run
 
-WIDTH = 160  # Where there is no terminal to ask.
 QUIET_LOAD = 0.5
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    def threads(text: str) -> list[int]:
-        numbers = [int(number) for number in text.split(",")]
-        if min(numbers) < 1:
-            raise ValueError
-        return numbers
-
-    def regex(text: str) -> re.Pattern[str]:
-        try:
-            return re.compile(text)
-        except re.error as error:
-            raise argparse.ArgumentTypeError(f"not a regular expression: {error}") from None
-
-    def seconds(text: str) -> float:
-        if not 0 < float(text) < math.inf:
-            raise ValueError
-        return float(text)
-
-    parser = argparse.ArgumentParser(
-        prog="python -m bench",
-        description="Measures the speed of torchrnn against its peers.",
-        epilog="Other commands, each with its --help: python -m bench memory, contention, report.",
-    )
+    parser = options.parser("", "Measures the speed of torchrnn against its peers.")
+    parser.epilog = "Other commands, each with its --help: python -m bench memory, contention, report."
     add = parser.add_argument
     add("--suite", choices=[*SUITES, "all"], default="all", help="which cases [all: infer and train]")
-    add("--filter", metavar="REGEX", type=regex, default="", help="only cases whose id it is found in")
-    add("--threads", metavar="N,N", type=threads, default=[1, 2], help="numbers of threads [1,2]")
+    add("--threads", metavar="N,N", type=options.threads, default=[1, 2], help="numbers of threads [1,2]")
     add("--isa", choices=torchrnn.info()["isas"], help="instruction set of our kernels [the best there is]")
-    add("--budget", metavar="S", type=seconds, help="seconds per row; slow rows take longer [4]")
-    add("--quick", action="store_true", help="tiny cases and few repeats, to see whether the bench works")
-    add(
-        "--out",
-        metavar="DIR",
-        type=Path,
-        default=results.FOLDER,
-        help="folder of the JSON file [bench/results]",
-    )
+    add("--budget", metavar="S", type=options.seconds, help="seconds per row; slow rows take longer [4]")
     args = parser.parse_args(argv)
     args.budget = args.budget or (0.02 if args.quick else 4.0)
     return args
@@ -91,17 +58,10 @@ def choose(args: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-def run_worker(options: dict[str, Any], isa: str | None, on_row: Callable[[dict[str, Any]], None]) -> Run:
+def run_worker(asked: dict[str, Any], isa: str | None, on_row: Callable[[dict[str, Any]], None]) -> Run:
     """Measures on one number of threads, in a process of its own."""
-    threads = str(options["threads"])
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    if isa:
-        environment["TORCHRNN_ISA"] = isa
-    command = [sys.executable, "-m", "bench.worker", json.dumps(options)]
     run = None
-    with subprocess.Popen(
-        command, cwd=results.ROOT, env=environment, stdout=subprocess.PIPE, text=True
-    ) as process:
+    with options.process("bench.worker", asked, {"TORCHRNN_ISA": isa} if isa else {}) as process:
         assert process.stdout is not None
         for line in process.stdout:
             message = json.loads(line)
@@ -109,14 +69,16 @@ def run_worker(options: dict[str, Any], isa: str | None, on_row: Callable[[dict[
             if not run:
                 on_row(message)
     if process.returncode or not run:
-        raise RuntimeError(f"the process for {threads} threads failed with status {process.returncode}")
+        raise RuntimeError(
+            f"the process for {asked['threads']} threads failed with status {process.returncode}"
+        )
     return results.run(run)
 
 
 def measure(args: argparse.Namespace, chosen: list[dict[str, Any]], console: Console) -> Result:
     """Runs the cases on each number of threads, behind a progress bar; without a terminal, a line per row."""
-    options = {name: getattr(args, name) for name in ("suite", "budget", "quick", "isa", "threads")}
-    result = results.describe(options | {"filter": args.filter.pattern})
+    asked = {name: getattr(args, name) for name in ("suite", "budget", "quick", "isa", "threads")}
+    result = results.describe(asked | {"filter": args.filter.pattern})
     result.skipped.update(skipped({name for row in chosen for name in row["peers"]}))
     for name, reason in result.skipped.items():
         console.print(f"skipped: {name}, {reason}", style="yellow")
@@ -194,9 +156,7 @@ def table(rows: Sequence[Row]) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the bench and returns its exit status."""
-    args, console = parse(argv), Console(highlight=False)
-    if not console.is_terminal:
-        console.width = WIDTH
+    args, console = parse(argv), options.console()
     chosen = choose(args)
     if not chosen:
         print(f"bench: no case matches {args.filter.pattern!r}", file=sys.stderr)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from bench import floors, peers, results, timing
+import torchrnn
+from bench import contention, floors, memory, peers, results, timing
 from bench import run as bench_run
 from bench.cases import GATES, QUICK, SUITES, Case
 from bench.peers.loop import CompiledLoop
@@ -32,10 +35,11 @@ def a_row(name: str = "lstm-b1-t1-h8-fp32-infer", ratio: float = 2.0) -> results
 def a_result() -> results.Result:
     levels = [floors.Level("L1", 32768, False, 200.0), floors.Level("memory", None, True, 20.0)]
     run = results.Run(1, "avx2", floors.Floors(100.0, "fma loop, avx2", levels), [a_row()])
-    memory = results.Memory("lstm-b1-t1-h8-fp32-train", 1, {"torchrnn": 1000}, {"torchrnn": 1.0})
-    contention = results.Contention("lstm-b1-t1-h8-fp32-train", "torchrnn", 1, a_time(), a_time(), 2.0, 3.0)
+    name = "lstm-b1-t1-h8-fp32-train"
+    peaks = results.Memory(name, 1, {"torchrnn": 1000}, {"torchrnn": 1.0})
+    steps = results.Contention(name, "torchrnn", 1, a_time(), a_time(), 2.0, 3.0)
     return dataclasses.replace(
-        results.describe({"quick": True}), runs=[run], memory=[memory], contention=[contention]
+        results.describe({"quick": True}), runs=[run], memory=[peaks], contention=[steps]
     )
 
 
@@ -318,11 +322,20 @@ def test_filter_without_cases_is_an_error(capsys: pytest.CaptureFixture[str]) ->
     assert "no case matches" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("program", [["-m", "bench"], ["bench/run.py"]])
-def test_quick_run_writes_a_result(tmp_path: Path, program: list[str]) -> None:
+def test_bench_runs_as_a_file() -> None:
+    command = [sys.executable, "bench/run.py", "--filter", "no such case"]
+    done = subprocess.run(command, cwd=results.ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, "no case matches" in done.stderr) == (2, True)
+
+
+def test_quick_run_writes_a_result(tmp_path: Path) -> None:
     arguments = ["--quick", "--filter", "gru-b2.*(train|ragged)", "--threads", "1", "--out", str(tmp_path)]
     done = subprocess.run(
-        [sys.executable, *program, *arguments], cwd=results.ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "bench", *arguments],
+        cwd=results.ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "geometric mean of torch.nn / torchrnn" in done.stdout
@@ -337,3 +350,43 @@ def test_quick_run_writes_a_result(tmp_path: Path, program: list[str]) -> None:
     for row in result.rows:
         assert row.errors.keys() == {"torchrnn", *row.ratios}
         assert all(math.isfinite(error) for error in row.errors.values())
+
+
+def test_memory_counts_at_least_what_a_step_returns() -> None:
+    case = Case("gru", "train", 256, 8, 64, 64)
+    if not memory.CLEAR.exists():  # Not Linux.
+        assert memory.main([]) == 2
+        return
+    measured = memory.measure(case, threads=1, budget=0.02)
+    assert measured.peaks.keys() == measured.times.keys() >= {"torchrnn", "torch.nn"}
+    output_and_gradient = 2 * 4 * 256 * 8 * 64
+    assert all(output_and_gradient <= peak < 50 * output_and_gradient for peak in measured.peaks.values())
+
+
+def test_memory_includes_recomputation_where_a_layer_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Recomputing(torchrnn.GRU):
+        def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+
+    class Plain(torchrnn.GRU):
+        def __init__(self, input_size: int, hidden_size: int) -> None:
+            super().__init__(input_size, hidden_size)
+
+    monkeypatch.setitem(peers.LAYERS, "gru", Recomputing)
+    assert list(memory.variants("gru")) == ["torch.nn", "torchrnn", memory.RECOMPUTE]
+    monkeypatch.setitem(peers.LAYERS, "gru", Plain)
+    assert list(memory.variants("gru")) == ["torch.nn", "torchrnn"]
+
+
+def test_contention_measures_two_processes() -> None:
+    row = contention.measure(Case("lstm", "infer", 4, 2, 8, 8), "torchrnn", threads=1, budget=0.01)
+    assert row.together.repeats >= 2 * timing.LEAST_REPEATS
+    assert row.alone_maximum >= row.alone.median
+    assert row.together_maximum >= row.together.median
+    assert contention.table([row], cores=1).row_count == 1
+
+
+@pytest.mark.parametrize("command", ["memory", "contention"])
+def test_command_without_cases_is_an_error(command: str) -> None:
+    module = importlib.import_module(f"bench.{command}")
+    assert module.main(["--filter", "no such case"]) == 2

@@ -1,0 +1,83 @@
+"""What the commands of the bench share: their options, and the processes that measure."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bench import results
+
+WIDTH = 160  # Where there is no terminal to ask.
+
+
+def threads(text: str) -> list[int]:
+    numbers = [int(number) for number in text.split(",")]
+    if min(numbers) < 1:
+        raise ValueError
+    return numbers
+
+
+def regex(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"not a regular expression: {error}") from None
+
+
+def seconds(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise ValueError
+    return float(text)
+
+
+def parser(command: str, description: str) -> argparse.ArgumentParser:
+    """Returns a parser with the options of every command that measures."""
+    parser = argparse.ArgumentParser(prog=f"python -m bench {command}".strip(), description=description)
+    add = parser.add_argument
+    add("--filter", metavar="REGEX", type=regex, default="", help="only cases whose id it is found in")
+    add("--quick", action="store_true", help="tiny cases and few repeats, to see whether the bench works")
+    out = "folder of the JSON file [bench/results]"
+    add("--out", metavar="DIR", type=Path, default=results.FOLDER, help=out)
+    return parser
+
+
+def console() -> Console:
+    """Returns where to print, wide enough for a row of a table."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH
+    return console
+
+
+def process(
+    module: str, asked: dict[str, Any], variables: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """Starts a module with what it is asked as JSON and with its number of threads in the environment."""
+    count = str(asked["threads"])
+    environment = os.environ | {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count} | dict(variables or {})
+    return subprocess.Popen(
+        [sys.executable, "-m", module, json.dumps(asked)],
+        cwd=results.ROOT,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def answer(process: subprocess.Popen[str]) -> Any:
+    """Waits for the end of a process, and returns the JSON that it prints."""
+    text, _ = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"a measuring process failed with status {process.returncode}")
+    return json.loads(text)
