@@ -17,22 +17,24 @@ __attribute__((noinline, cold)) inline void copy_part(void* to, const void* from
   memcpy(to, from, bytes);
 }
 
+// In place of a number of lanes: all of them, known when compiling. Loops over rows have their own code for it,
+// since with a second case behind every load and store GCC keeps the values in memory.
+struct AllLanes {};
+
 template <typename T>
 struct VecConstants;
 
-// exp(y) = 2^n exp(r) with n = round(y / ln 2) and |r| <= ln 2 / 2. kRound is 1.5 * 2^(mantissa bits): adding
-// it rounds to an integer, whose value is then in the low bits. ln 2 in two parts makes r exact to working
-// precision.
+// kRound is 1.5 * 2^(mantissa bits): adding it rounds to an integer, whose value is then in the low bits.
 template <>
 struct VecConstants<float> {
   using Int = int32_t;
   static constexpr float kRound = 12582912.0f, kLog2e = 1.44269504f, kLn2Hi = 0.693359375f,
                          kLn2Lo = -2.12194440e-4f;
   static constexpr int kMantissa = 23;
-  static constexpr Int kOne = 0x3f800000;
+  static constexpr Int kOne = 0x3f800000, kSign = Int(0x80000000);
   // Beyond these, sigmoid and tanh are 0 or 1 to working precision, and 2^n is still finite.
   static constexpr float kSigmoidMax = 87.0f, kTanhMax = 20.0f;
-  static constexpr int kDegree = 7;  // r^8/8! <= 5.2e-9: below a tenth of an ulp.
+  static constexpr int kDegree = 7;  // (ln 2 / 2)^8 / 8! <= 5.2e-9: below a tenth of an ulp.
 };
 
 template <>
@@ -41,9 +43,9 @@ struct VecConstants<double> {
   static constexpr double kRound = 6755399441055744.0, kLog2e = 1.4426950408889634074,
                           kLn2Hi = 0.693147180369123816490, kLn2Lo = 1.90821492927058770002e-10;
   static constexpr int kMantissa = 52;
-  static constexpr Int kOne = 0x3ff0000000000000;
+  static constexpr Int kOne = 0x3ff0000000000000, kSign = Int(0x8000000000000000);
   static constexpr double kSigmoidMax = 700.0, kTanhMax = 44.0;
-  static constexpr int kDegree = 13;  // r^14/14! <= 4.1e-18.
+  static constexpr int kDegree = 13;  // (ln 2 / 2)^14 / 14! <= 4.1e-18.
 };
 
 template <typename T, int N>
@@ -86,6 +88,18 @@ struct Vec {
 
   RNN_FN void store(T* p) const { *reinterpret_cast<Unaligned*>(p) = v; }
 
+  RNN_FN static Vec load(const T* p, AllLanes) { return load(p); }
+  RNN_FN void store(T* p, AllLanes) const { store(p); }
+
+  // Calls use with the number of lanes that are among the next n values: AllLanes if n >= N.
+  template <typename Use>
+  RNN_FN static void with_lanes(int64_t n, const Use& use) {
+    if (n >= N)
+      use(AllLanes());
+    else if (n > 0)
+      use(n);
+  }
+
   // The first n values only, 0 <= n <= N; the rest reads as 0 and is not written.
   RNN_FN static Vec load(const T* p, int64_t n) {
     if (__builtin_expect(n == N, 1)) return load(p);
@@ -122,17 +136,36 @@ struct Vec {
   }
 };
 
-// Limits |x| to bound; a NaN stays one.
+// The smaller, the larger of x and bound; a NaN x stays one. GCC makes two instructions of the comparison.
 template <typename T, int N>
-RNN_FN Vec<T, N> limit(Vec<T, N> x, T bound) {
-  const Vec<T, N> hi(bound), lo(-bound);
-  x.v = x.v > hi.v ? hi.v : x.v;
-  x.v = x.v < lo.v ? lo.v : x.v;
+RNN_FN Vec<T, N> at_most(Vec<T, N> x, T bound) {
+  const Vec<T, N> b(bound);
+#ifdef __x86_64__
+  if constexpr (sizeof(T) == sizeof(float) && N * sizeof(T) >= 32) {
+    asm("vminps %1, %2, %0" : "=v"(x.v) : "v"(x.v), "v"(b.v));
+    return x;
+  }
+#endif
+  x.v = x.v > b.v ? b.v : x.v;
   return x;
 }
 
-// exp(y) = scale + scale * p with p = exp(r) - 1 by its Taylor series: kept apart so that exp(y) - 1 loses
-// nothing.
+template <typename T, int N>
+RNN_FN Vec<T, N> at_least(Vec<T, N> x, T bound) {
+  const Vec<T, N> b(bound);
+#ifdef __x86_64__
+  if constexpr (sizeof(T) == sizeof(float) && N * sizeof(T) >= 32) {
+    asm("vmaxps %1, %2, %0" : "=v"(x.v) : "v"(x.v), "v"(b.v));
+    return x;
+  }
+#endif
+  x.v = x.v < b.v ? b.v : x.v;
+  return x;
+}
+
+// exp(y) = scale + scale * p with scale = 2^n, n = round(y / ln 2), and p = exp(r) - 1 by its Taylor series in
+// r = y - n ln 2: kept apart so that exp(y) - 1 loses nothing. ln 2 in two parts makes r exact to working
+// precision, with fused multiply-adds and without.
 template <typename T, int N>
 RNN_FN void exp_parts(Vec<T, N> y, Vec<T, N>& scale, Vec<T, N>& p) {
   using K = VecConstants<T>;
@@ -148,19 +181,21 @@ RNN_FN void exp_parts(Vec<T, N> y, Vec<T, N>& scale, Vec<T, N>& p) {
   for (int i = 2; i <= K::kDegree; ++i) factorial *= T(i);
   V q(T(1) / factorial);
 #pragma GCC unroll 16
-  for (int i = K::kDegree; i > 2; --i) {
+  for (int i = K::kDegree; i > 1; --i) {
     factorial /= T(i);
     q = q * r + V(T(1) / factorial);
   }
-  p = r + (r * r) * q;
+  p = r * q;
 }
 
 template <typename T, int N>
 RNN_FN Vec<T, N> sigmoid(Vec<T, N> x) {
-  Vec<T, N> scale, p;
-  exp_parts(limit(-x, VecConstants<T>::kSigmoidMax), scale, p);
-  const Vec<T, N> one(T(1));
-  return one / (one + (scale + scale * p));
+  using V = Vec<T, N>;
+  constexpr T kMax = VecConstants<T>::kSigmoidMax;
+  V scale, p;
+  exp_parts(-at_least(at_most(x, kMax), -kMax), scale, p);
+  const V one(T(1));
+  return one / ((one + scale) + scale * p);
 }
 
 // tanh |x| is m / (m + 2) with m = e^2|x| - 1, which keeps all digits of the smallest x; from 1/2 on it is
@@ -168,19 +203,26 @@ RNN_FN Vec<T, N> sigmoid(Vec<T, N> x) {
 template <typename T, int N>
 RNN_FN Vec<T, N> tanh_(Vec<T, N> x) {
   using V = Vec<T, N>;
+  using K = VecConstants<T>;
   const typename V::Raw zero{};
   const V one(T(1)), two(T(2));
-  V magnitude = x;
-  magnitude.v = x.v < zero ? -x.v : x.v;
-  V scale, p;
-  exp_parts(limit(magnitude + magnitude, VecConstants<T>::kTanhMax), scale, p);
-  const V minus1 = scale * p + (scale - one);
+  typename V::IntRaw bits, sign;
+  memcpy(&bits, &x.v, sizeof bits);
+  sign = bits & K::kSign;
+  bits ^= sign;
+  V magnitude, scale, p;
+  memcpy(&magnitude.v, &bits, sizeof bits);
+  magnitude = at_most(magnitude, K::kTanhMax);
+  exp_parts(magnitude + magnitude, scale, p);
+  const V minus1 = (scale - one) + scale * p;
   const auto small = magnitude.v < V(T(0.5)).v;
   V numerator, offset;
   numerator.v = small ? minus1.v : -two.v;
   offset.v = small ? zero : one.v;
   V result = numerator / (minus1 + two) + offset;
-  result.v = x.v < zero ? -result.v : result.v;
+  memcpy(&bits, &result.v, sizeof bits);
+  bits |= sign;
+  memcpy(&result.v, &bits, sizeof bits);
   return result;
 }
 

@@ -173,7 +173,7 @@ struct Backward {
         for (int d = 0; d < p.directions; ++d) {
           for (int64_t i = 0; i < count; ++i)
             left[i] = state[d].dgates + (place[i] * D + C::kInputGrads) * p.hidden;
-          state[d].input.product(j, count, left, acc, d > 0);
+          state[d].input.product(j, min64(j + 1, state[d].input.panels() - 1), count, left, acc, d > 0);
         }
         const int64_t n0 = j * Matrix::kWidth, width = min64(Matrix::kWidth, p.inputs - n0);
         for (int64_t i = 0; i < count; ++i)
@@ -218,33 +218,34 @@ struct Backward {
         const int64_t count = slice.rows(state.rows.active[s]);
         if (state.rows.active[s] == 0) continue;
         place(s, count);
-        product(state.recurrent, count,
-                [&](int64_t i, V sum, int64_t unit, int64_t m) { first(i, sum, unit, m); });
+        product(state.recurrent, s, count,
+                [&](int64_t i, V sum, int64_t unit, auto m) { first(i, sum, unit, m); });
         if (f.has_second()) {
           barrier.wait(slice.unit_parts);
           place_second(count);
-          product(state.second, count,
-                  [&](int64_t i, V sum, int64_t unit, int64_t m) { second(i, sum, unit, m); });
+          product(state.second, s, count,
+                  [&](int64_t i, V sum, int64_t unit, auto m) { second(i, sum, unit, m); });
         }
         barrier.wait(slice.unit_parts);
       }
     }
 
-    // Calls use(i, sums, unit, m) for each of the first `count` rows and each vector of this thread's
-    // columns.
+    // Calls use(i, sums, unit, m) for each of the first `count` rows of step s and each vector of this
+    // thread's columns.
     template <typename Use>
-    RNN_FN void product(const Matrix& matrix, int64_t count, const Use& use) {
-      const Range panels = slice.units(matrix.panels());
-      for (int64_t j = panels.begin; j < panels.end; ++j)
+    RNN_FN void product(const Matrix& matrix, int64_t s, int64_t count, const Use& use) {
+      const Sweep panels(slice.units(matrix.panels()), s);
+      for (int64_t n = 0; n < panels.size(); ++n)
         for (int64_t i0 = 0; i0 < count; i0 += kRowBlock) {
-          const int64_t block = min64(kRowBlock, count - i0);
-          matrix.product(j, block, left + i0, acc, false);
-          for (int64_t i = i0; i < i0 + block; ++i)
-            for (int v = 0; v < 4; ++v) {
-              const int64_t unit = j * Matrix::kWidth + v * N, m = min64(N, matrix.columns - unit);
-              if (m <= 0) break;
-              use(i, V::load(acc + (i - i0) * Matrix::kWidth + v * N), unit, m);
-            }
+          const int64_t j = panels[n], block = min64(kRowBlock, count - i0);
+          matrix.product(j, i0 + block < count ? j : panels[n + 1], block, left + i0, acc, false);
+          for (int v = 0; v < 4; ++v) {
+            const int64_t unit = j * Matrix::kWidth + v * N;
+            V::with_lanes(matrix.columns - unit, [&](auto m) {
+              const T* sums = acc + v * N;
+              for (int64_t i = i0; i < i0 + block; ++i, sums += Matrix::kWidth) use(i, V::load(sums), unit, m);
+            });
+          }
         }
     }
 
@@ -283,7 +284,8 @@ struct Backward {
     }
 
     // sum = the next step's gate gradients through R.
-    RNN_FN void first(int64_t i, V sum, int64_t unit, int64_t m) {
+    template <typename Lanes>
+    RNN_FN void first(int64_t i, V sum, int64_t unit, Lanes m) {
       const BackwardRow<T>& row = step[i];
       V dh = sum + V::load(row.carry_h + unit, m);
       if (row.dy != nullptr) dh += V::load(row.dy + unit, m);
@@ -302,7 +304,8 @@ struct Backward {
       }
     }
 
-    RNN_FN void second(int64_t i, V sum, int64_t unit, int64_t m) {
+    template <typename Lanes>
+    RNN_FN void second(int64_t i, V sum, int64_t unit, Lanes m) {
       const BackwardRow<T>& row = step[i];
       if constexpr (kTwoHalves) {
         const V r = V::load(row.tape + unit, m), h_prev = V::load(row.h_prev + unit, m);
@@ -315,9 +318,11 @@ struct Backward {
       }
     }
 
-    RNN_FN void cell(const BackwardRow<T>& row, V dh, int64_t unit, int64_t m) {
+    template <typename Lanes>
+    RNN_FN void cell(const BackwardRow<T>& row, V dh, int64_t unit, Lanes m) {
       if constexpr (!kTwoHalves) {
         V tape[C::kTape], dgates[D];
+#pragma GCC unroll 8
         for (int k = 0; k < C::kTape; ++k) tape[k] = V::load(row.tape + k * p.hidden + unit, m);
         typename C::State prev{V(T(0)), V(T(0))}, dnext{dh, V(T(0))};
         if (C::kReadsH) prev.h = V::load(row.h_prev + unit, m);
@@ -327,6 +332,7 @@ struct Backward {
           if (row.dc_all != nullptr) dnext.c += V::load(row.dc_all + unit, m);
         }
         typename C::State dprev = C::backward(tape, prev, dnext, dgates);
+#pragma GCC unroll 8
         for (int k = 0; k < D; ++k) dgates[k].store(row.dgates + k * p.hidden + unit, m);
         if (row.cut) dprev = {V(T(0)), V(T(0))};
         if (C::kMemory >= 0) dprev.c.store(row.carry_c + unit, m);
@@ -346,7 +352,7 @@ struct Backward {
       }
       if (q.dh0 == nullptr) return;
       for (int64_t i = 0; i < mine; ++i) left[i] = recurrent_row(state.rows.order[slice.row(i)], 0);
-      product(state.recurrent, mine, [&](int64_t i, V sum, int64_t unit, int64_t m) {
+      product(state.recurrent, 0, mine, [&](int64_t i, V sum, int64_t unit, auto m) {
         const int64_t b = state.rows.order[slice.row(i)];
         const V dh = sum + V::load(state.carry_h + b * p.outputs + unit, m);
         dh.store(q.dh0 + (d * p.batch + b) * p.outputs + unit, m);

@@ -19,8 +19,9 @@
 namespace torchrnn {
 inline namespace RNN_ISA {
 
-// Rows whose products are held at a time: 16 KB for a panel of 64 floats.
-constexpr int64_t kRowBlock = 64;
+// Rows whose products are held at a time: 12 KB for a panel of 64 floats, which share L1 with two blocks of
+// weights. A multiple of the heights of tiles.
+constexpr int64_t kRowBlock = 48;
 
 // With fewer input rows than this over the whole sequence, weights are multiplied as they are: packing reads
 // and writes all of them, which only repeated use pays back.
@@ -201,10 +202,10 @@ struct Forward {
         if (s % state.chunk == 0) project_inputs(s);
         const int64_t count = slice.rows(state.rows.active[s]);
         place(s, count);
-        first_half(count);
+        first_half(s, count);
         if (f.has_second()) {
           barrier.wait(slice.unit_parts);
-          second_half(count);
+          second_half(s, count);
         }
         barrier.wait(slice.unit_parts);
       }
@@ -244,7 +245,7 @@ struct Forward {
     void project_inputs(int64_t begin) {
       const int64_t end = min64(begin + state.chunk, p.steps);
       T* out[kRowBlock];
-      int64_t s = begin, i = 0;
+      int64_t s = begin, i = 0, blocks = 0;
       while (s < end) {
         int64_t count = 0;
         for (; s < end && count < kRowBlock; ++i) {
@@ -256,27 +257,31 @@ struct Forward {
           left[count] = p.x + state.rows.time(b, s, back) * p.x_stride_t + b * p.x_stride_b;
           out[count++] = wx_row(s, b);
         }
-        input_block(count, out);
+        input_block(blocks++, count, out);
       }
       // The halves of GruResetBefore share units out otherwise than its input projection.
       if (kTwoHalves) barrier.wait(slice.unit_parts);
     }
 
-    void input_block(int64_t count, T* const* out) {
+    void input_block(int64_t block, int64_t count, T* const* out) {
       const Input& matrix = f.input[d];
       constexpr int kVectors = Input::kUnits / N;
-      const Range panels = slice.units(matrix.panels());
-      for (int64_t j = panels.begin; j < panels.end && count > 0; ++j) {
-        matrix.product(j, count, left, acc);
-        for (int64_t r = 0; r < count; ++r)
-          for (int v = 0; v < kVectors; ++v) {
-            const int64_t unit = j * Input::kUnits + v * N, m = min64(N, p.hidden - unit);
-            if (m <= 0) break;
-            for (int g = 0; g < G; ++g) {
-              const V sum = V::load(acc + r * Input::kWidth + (v * G + g) * N);
-              (sum + V::load(state.bias_x + g * p.hidden + unit, m)).store(out[r] + g * p.hidden + unit, m);
-            }
-          }
+      const Sweep panels(slice.units(matrix.panels()), block);
+      for (int64_t n = 0; n < panels.size() && count > 0; ++n) {
+        const int64_t j = panels[n];
+        matrix.product(j, panels[n + 1], count, left, acc);
+        for (int v = 0; v < kVectors; ++v) {
+          const int64_t unit = j * Input::kUnits + v * N;
+          V::with_lanes(p.hidden - unit, [&](auto m) {
+            for (int64_t r = 0; r < count; ++r)
+#pragma GCC unroll 8
+              for (int g = 0; g < G; ++g) {
+                const V sum = V::load(acc + r * Input::kWidth + (v * G + g) * N);
+                (sum + V::load(state.bias_x + g * p.hidden + unit, m))
+                    .store(out[r] + g * p.hidden + unit, m);
+              }
+          });
+        }
       }
     }
 
@@ -298,30 +303,34 @@ struct Forward {
       }
     }
 
-    void first_half(int64_t count) {
+    void first_half(int64_t s, int64_t count) {
       const Recurrent& matrix = f.recurrent[d];
-      const Range panels = slice.units(matrix.panels());
-      for (int64_t j = panels.begin; j < panels.end; ++j)
+      const Sweep panels(slice.units(matrix.panels()), s);
+      for (int64_t n = 0; n < panels.size(); ++n)
         for (int64_t i0 = 0; i0 < count; i0 += kRowBlock) {
-          const int64_t block = min64(kRowBlock, count - i0);
-          matrix.product(j, block, left + i0, acc);
-          for (int64_t i = i0; i < i0 + block; ++i)
-            for (int v = 0; v < U; ++v) {
-              const int64_t unit = j * Recurrent::kUnits + v * N, m = min64(N, p.hidden - unit);
-              if (m <= 0) break;
-              const T* sums = acc + (i - i0) * Recurrent::kWidth + v * kFirst * N;
-              if constexpr (kTwoHalves)
-                reset_and_update(i, sums, unit, m);
-              else
-                cell(i, sums, unit, m);
-            }
+          const int64_t j = panels[n], block = min64(kRowBlock, count - i0);
+          matrix.product(j, i0 + block < count ? j : panels[n + 1], block, left + i0, acc);
+          for (int v = 0; v < U; ++v) {
+            const int64_t unit = j * Recurrent::kUnits + v * N;
+            V::with_lanes(p.hidden - unit, [&](auto m) {
+              const T* sums = acc + v * kFirst * N;
+              for (int64_t i = i0; i < i0 + block; ++i, sums += Recurrent::kWidth) {
+                if constexpr (kTwoHalves)
+                  reset_and_update(i, sums, unit, m);
+                else
+                  cell(i, sums, unit, m);
+              }
+            });
+          }
         }
     }
 
     // The cell on one vector of units of row i, whose recurrent sums are sums[G][N].
-    RNN_FN void cell(int64_t i, const T* sums, int64_t unit, int64_t m) {
+    template <typename Lanes>
+    RNN_FN void cell(int64_t i, const T* sums, int64_t unit, Lanes m) {
       const StepRow<T>& row = step[i];
       V wx[G], rh[G], tape[C::kTape];
+#pragma GCC unroll 8
       for (int g = 0; g < G; ++g) {
         wx[g] = V::load(row.wx + g * p.hidden + unit, m);
         rh[g] = V::load(sums + g * N);
@@ -338,11 +347,13 @@ struct Forward {
         if (row.c_out != nullptr) next.c.store(row.c_out + unit, m);
       }
       if (row.tape == nullptr) return;
+#pragma GCC unroll 8
       for (int k = 0; k < C::kTape; ++k) tape[k].store(row.tape + k * p.hidden + unit, m);
     }
 
     // GruResetBefore, first half: r and z, and r * h for the second product.
-    RNN_FN void reset_and_update(int64_t i, const T* sums, int64_t unit, int64_t m) {
+    template <typename Lanes>
+    RNN_FN void reset_and_update(int64_t i, const T* sums, int64_t unit, Lanes m) {
       if constexpr (kTwoHalves) {
         const StepRow<T>& row = step[i];
         const int64_t b = state.rows.order[slice.row(i)];
@@ -356,28 +367,31 @@ struct Forward {
       }
     }
 
-    void second_half(int64_t count) {
+    void second_half(int64_t s, int64_t count) {
       const Second& matrix = f.second[d];
-      const Range panels = slice.units(matrix.panels());
+      const Sweep panels(slice.units(matrix.panels()), s);
       const T* source[kRowBlock];
-      for (int64_t j = panels.begin; j < panels.end; ++j)
+      for (int64_t n = 0; n < panels.size(); ++n)
         for (int64_t i0 = 0; i0 < count; i0 += kRowBlock) {
-          const int64_t block = min64(kRowBlock, count - i0);
+          const int64_t j = panels[n], block = min64(kRowBlock, count - i0);
           for (int64_t i = 0; i < block; ++i) {
             const int64_t b = state.rows.order[slice.row(i0 + i)];
             source[i] = (kTwoHalves ? state.reset_h : state.cell_out) + b * p.hidden;
           }
-          matrix.product(j, block, source, acc);
-          for (int64_t i = i0; i < i0 + block; ++i)
-            for (int v = 0; v < 4; ++v) {
-              const int64_t unit = j * Second::kUnits + v * N, m = min64(N, matrix.hidden - unit);
-              if (m <= 0) break;
-              second_output(i, V::load(acc + (i - i0) * Second::kWidth + v * N), unit, m);
-            }
+          matrix.product(j, i0 + block < count ? j : panels[n + 1], block, source, acc);
+          for (int v = 0; v < 4; ++v) {
+            const int64_t unit = j * Second::kUnits + v * N;
+            V::with_lanes(matrix.hidden - unit, [&](auto m) {
+              const T* sums = acc + v * N;
+              for (int64_t i = i0; i < i0 + block; ++i, sums += Second::kWidth)
+                second_output(i, V::load(sums), unit, m);
+            });
+          }
         }
     }
 
-    RNN_FN void second_output(int64_t i, V sum, int64_t unit, int64_t m) {
+    template <typename Lanes>
+    RNN_FN void second_output(int64_t i, V sum, int64_t unit, Lanes m) {
       if constexpr (kTwoHalves) {
         const StepRow<T>& row = step[i];
         const int64_t b = state.rows.order[slice.row(i)];

@@ -39,16 +39,17 @@ struct ColumnMatrix {
     }
   }
 
-  // acc[count][kWidth] (+)= rows times panel j.
-  void product(int64_t j, int64_t count, const T* const* rows, T* acc, bool accumulate) const {
+  // acc[count][kWidth] (+)= rows times panel j; the next call is for panel `next`.
+  void product(int64_t j, int64_t next, int64_t count, const T* const* rows, T* acc, bool accumulate) const {
     if (j >= first_packed) {
       const T* panel = packed + (j - first_packed) * depth() * kWidth;
-      return panel_product<T, 4>(count, rows, panel, depth(), acc, accumulate);
+      return panel_product<T, 4>(count, rows, panel, depth(), acc, accumulate,
+                                 panel + (next - j) * depth() * kWidth);
     }
     for (int64_t q = 0; q < blocks; ++q)
       for (int64_t r = 0; r < count;) {
         const int64_t height = min64(count - r, tile_rows(4));
-        fma_tile_rows<T, 4>(height, rows + r, q * block_rows, 1, row(q * block_rows) + j * kWidth, stride,
+        fma_tile_rows<T, 4>(height, rows + r, q * block_rows, row(q * block_rows) + j * kWidth, stride,
                             block_rows, acc + r * kWidth, kWidth, accumulate || q > 0);
         r += height;
       }
@@ -106,10 +107,10 @@ void outer_sum(int64_t depth, const T* const* left, int64_t left_offset, const T
         for (int r = 0; r < R; ++r) tile[r] = left_pack + (m / R) * memory.left_stride + r;
         T* to = out + (m0 + m) * columns + n0;
         if (width == kWidth) {
-          fma_tile_rows<T, 4>(height, tile, 0, R, right_pack, kWidth, depth, to, columns, accumulate);
+          fma_tile_rows<T, 4, R>(height, tile, 0, right_pack, kWidth, depth, to, columns, accumulate);
           continue;
         }
-        fma_tile_rows<T, 4>(height, tile, 0, R, right_pack, kWidth, depth, acc, kWidth, false);
+        fma_tile_rows<T, 4, R>(height, tile, 0, right_pack, kWidth, depth, acc, kWidth, false);
         for (int64_t r = 0; r < height; ++r)
           for (int64_t n = 0; n < width; ++n)
             to[r * columns + n] = acc[r * kWidth + n] + (accumulate ? to[r * columns + n] : T(0));

@@ -56,6 +56,21 @@ RNN_FN Range share(int64_t count, int64_t id, int64_t parts) {
   return {count * id / parts, count * (id + 1) / parts};
 }
 
+// A range that is walked upwards at even steps and downwards at odd ones: when its data is larger than a cache,
+// what was read last is still there and is read first.
+struct Sweep {
+  Range range;
+  bool down;
+
+  Sweep(Range range_, int64_t step) : range(range_), down(step % 2 == 1) {}
+  int64_t size() const { return range.end - range.begin; }
+  // The i-th index of the walk; past its end the last one, where the next walk begins.
+  int64_t operator[](int64_t i) const {
+    i = min64(i, size() - 1);
+    return down ? range.end - 1 - i : range.begin + i;
+  }
+};
+
 // One thread's part of a direction: every rows_step-th row from row_first on, and the units-th of unit_parts
 // parts of the columns. Threads with the same rows form a group that meets at a barrier after each step.
 struct Slice {

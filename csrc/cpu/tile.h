@@ -16,34 +16,38 @@ constexpr int kLanes = RNN_VECTOR_BYTES / sizeof(T);
 template <typename T>
 using VecOf = Vec<T, kLanes<T>>;
 
-// R*C sums, R broadcast values and one weight must fit into the registers.
-constexpr int tile_rows(int C) { return (kRegisters - 1) / (C + 1); }
+// Rows of a tile of C vectors: as many sums as hide the latency of the multiply-adds and leave registers for
+// C weights and a broadcast value (or, with 16 registers and C = 4, for R broadcast values and a weight).
+constexpr int tile_rows(int C) { return (kRegisters >= 32 ? 24 : 12) / C; }
 
-// A panel is walked in blocks of this many k, so that a block (32 KB for C = 4) is still in L1 for the next
-// tile. A single tile takes longer blocks. Blocks are summed apart and then added, which rounds less than one
+// A panel is walked in blocks of this many k: while the tiles pass over one block (16 KB for C = 4), the next
+// one is fetched into L1 beside it, so that it may come from L2 or L3. A single tile has nothing to hide the
+// fetching behind and takes longer blocks. Blocks are summed apart and then added, which rounds less than one
 // long sum does.
-constexpr int64_t kDepthBlock = 128, kDepthBlockOfOneTile = 512;
+constexpr int64_t kDepthBlock = 64, kDepthBlockOfOneTile = 512;
 
 RNN_FN int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 RNN_FN int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 RNN_FN int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// acc[r][c] (+)= sum over k of rows[r][(k0 + k) * a_stride] * w[k * w_stride + c*N ...].
-template <typename T, int R, int C>
-__attribute__((noinline)) void fma_tile(const T* const* rows, int64_t k0, int64_t a_stride, const T* w,
-                                        int64_t w_stride, int64_t depth, T* acc, int64_t acc_stride,
-                                        bool accumulate) {
+// acc[r][c] (+)= sum over k of rows[r][(k0 + k) * kStep] * w[k * w_stride + c*N ...]. Fetches kFetch cache lines
+// per k from `next` on into L1. kStep is a constant because with it the rows share one index register: the
+// additions to one register per row would take slots from the multiply-adds.
+template <typename T, int R, int C, int kStep, int kFetch>
+__attribute__((noinline)) void fma_tile(const T* const* rows, int64_t k0, const T* w, int64_t w_stride,
+                                        int64_t depth, T* acc, int64_t acc_stride, bool accumulate,
+                                        const char* next) {
   using V = VecOf<T>;
   constexpr int N = V::kSize;
   V sum[R][C];
   const T* a[R];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    a[r] = rows[r] + k0 * a_stride;
+    a[r] = rows[r] + k0 * kStep;
 #pragma GCC unroll 16
     for (int c = 0; c < C; ++c) sum[r][c] = V(T(0));
   }
-  int64_t offset = 0;
+  int64_t k = 0;
   // Few sums leave the multiply-add units waiting for each other: two of each then, one for every other k.
   if constexpr (R * C < 8) {
     V odd[R][C];
@@ -51,34 +55,49 @@ __attribute__((noinline)) void fma_tile(const T* const* rows, int64_t k0, int64_
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
       for (int c = 0; c < C; ++c) odd[r][c] = V(T(0));
-    for (; depth >= 2; depth -= 2) {
+    for (; k + 2 <= depth; k += 2) {
 #pragma GCC unroll 16
       for (int c = 0; c < C; ++c) {
         const V w0 = V::load(w + c * N), w1 = V::load(w + w_stride + c * N);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-          sum[r][c] += V::broadcast(a[r] + offset) * w0;
-          odd[r][c] += V::broadcast(a[r] + offset + a_stride) * w1;
+          sum[r][c] += V::broadcast(a[r] + k * kStep) * w0;
+          odd[r][c] += V::broadcast(a[r] + (k + 1) * kStep) * w1;
         }
       }
-      w += 2 * w_stride, offset += 2 * a_stride;
+      w += 2 * w_stride;
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
       for (int c = 0; c < C; ++c) sum[r][c] += odd[r][c];
   }
-  for (; depth > 0; --depth) {
-    V left[R];
+  for (; k < depth; ++k) {
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) left[r] = V::broadcast(a[r] + offset);
+    for (int i = 0; i < kFetch; ++i) __builtin_prefetch(next + i * 64);
+    if constexpr (kFetch > 0) next += kFetch * 64;
+    if constexpr (R * C + C + 1 <= kRegisters) {
+      V right[C];
 #pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) {
-      const V right = V::load(w + c * N);
+      for (int c = 0; c < C; ++c) right[c] = V::load(w + c * N);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) sum[r][c] += left[r] * right;
+      for (int r = 0; r < R; ++r) {
+        const V left = V::broadcast(a[r] + k * kStep);
+#pragma GCC unroll 16
+        for (int c = 0; c < C; ++c) sum[r][c] += left * right[c];
+      }
+    } else {
+      V left[R];
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) left[r] = V::broadcast(a[r] + k * kStep);
+#pragma GCC unroll 16
+      for (int c = 0; c < C; ++c) {
+        const V right = V::load(w + c * N);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) sum[r][c] += left[r] * right;
+      }
     }
-    w += w_stride, offset += a_stride;
+    w += w_stride;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -91,30 +110,45 @@ __attribute__((noinline)) void fma_tile(const T* const* rows, int64_t k0, int64_
 }
 
 // fma_tile for a number of rows known at run time, 1 <= rows <= tile_rows(C).
-template <typename T, int C, int R = tile_rows(C)>
-RNN_FN void fma_tile_rows(int64_t count, const T* const* rows, int64_t k0, int64_t a_stride, const T* w,
-                          int64_t w_stride, int64_t depth, T* acc, int64_t acc_stride, bool accumulate) {
+template <typename T, int C, int kStep = 1, int kFetch = 0, int R = tile_rows(C)>
+RNN_FN void fma_tile_rows(int64_t count, const T* const* rows, int64_t k0, const T* w, int64_t w_stride,
+                          int64_t depth, T* acc, int64_t acc_stride, bool accumulate,
+                          const char* next = nullptr) {
   if constexpr (R > 1)
     if (count < R)
-      return fma_tile_rows<T, C, R - 1>(count, rows, k0, a_stride, w, w_stride, depth, acc, acc_stride,
-                                        accumulate);
-  fma_tile<T, R, C>(rows, k0, a_stride, w, w_stride, depth, acc, acc_stride, accumulate);
+      return fma_tile_rows<T, C, kStep, kFetch, R - 1>(count, rows, k0, w, w_stride, depth, acc, acc_stride,
+                                                       accumulate, next);
+  fma_tile<T, R, C, kStep, kFetch>(rows, k0, w, w_stride, depth, acc, acc_stride, accumulate, next);
 }
 
-// acc[count][C*N] (+)= rows times a panel, in tiles of about equal height, blocked over k.
+// acc[count][C*N] (+)= rows times a panel, in tiles of about equal height, blocked over k. `next` is the
+// panel that will be read after this one.
 template <typename T, int C>
 void panel_product(int64_t count, const T* const* rows, const T* panel, int64_t depth, T* acc,
-                   bool accumulate) {
+                   bool accumulate, const T* next) {
   constexpr int64_t kWidth = C * kLanes<T>;
-  const int64_t tiles = ceil_div(count, tile_rows(C));
+  const int64_t tiles = ceil_div(count, tile_rows(C)), height = count / tiles, higher = count % tiles;
   const int64_t block = tiles == 1 ? kDepthBlockOfOneTile : kDepthBlock;
   for (int64_t k0 = 0; k0 < depth || k0 == 0; k0 += block) {
     const int64_t k = min64(block, depth - k0);
-    for (int64_t tile = 0, r = 0; tile < tiles; ++tile) {
-      const int64_t height = ceil_div(count - r, tiles - tile);
-      fma_tile_rows<T, C>(height, rows + r, k0, 1, panel + k0 * kWidth, kWidth, k, acc + r * kWidth, kWidth,
-                          accumulate || k0 > 0);
-      r += height;
+    const T* w = panel + k0 * kWidth;
+    const bool add = accumulate || k0 > 0;
+    // A block has C lines per k (fewer with shorter vectors); the first tiles share their fetching.
+    const char* fetch = reinterpret_cast<const char*>(k0 + k < depth ? w + k * kWidth : next);
+    const T* const* left = rows;
+    T* out = acc;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t r = height + (tile < higher);
+      if (tiles == 1 || tile >= C) {
+        fma_tile_rows<T, C>(r, left, k0, w, kWidth, k, out, kWidth, add);
+      } else if (tiles >= C) {
+        fma_tile_rows<T, C, 1, 1>(r, left, k0, w, kWidth, k, out, kWidth, add, fetch);
+        fetch += k * 64;
+      } else {
+        fma_tile_rows<T, C, 1, 2>(r, left, k0, w, kWidth, k, out, kWidth, add, fetch);
+        fetch += k * 128;
+      }
+      left += r, out += r * kWidth;
     }
   }
 }
@@ -199,10 +233,11 @@ struct GateMatrix {
     }
   }
 
-  // acc[count][kWidth] = rows times panel j.
-  void product(int64_t j, int64_t count, const T* const* rows, T* acc) const {
+  // acc[count][kWidth] = rows times panel j; the next call is for panel `next`.
+  void product(int64_t j, int64_t next, int64_t count, const T* const* rows, T* acc) const {
     if (packed != nullptr)
-      return panel_product<T, G * U>(count, rows, packed + j * depth * kWidth, depth, acc, false);
+      return panel_product<T, G * U>(count, rows, packed + j * depth * kWidth, depth, acc, false,
+                                     packed + next * depth * kWidth);
     const T* column[kWidth];
     columns(j, column);
     int64_t r = 0;
