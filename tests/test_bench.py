@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import torchrnn
-from bench import contention, floors, memory, peers, results, timing
+from bench import contention, floors, memory, peers, plots, report, results, timing
 from bench import run as bench_run
 from bench.cases import GATES, QUICK, SUITES, Case
 from bench.peers.loop import CompiledLoop
@@ -390,3 +390,71 @@ def test_contention_measures_two_processes() -> None:
 def test_command_without_cases_is_an_error(command: str) -> None:
     module = importlib.import_module(f"bench.{command}")
     assert module.main(["--filter", "no such case"]) == 2
+
+
+def saved(folder: Path, date: str, rows: list[results.Row], **changes: Any) -> Path:
+    run = results.Run(1, "avx2", floors.Floors(100.0, "test", []), rows)
+    result = dataclasses.replace(results.describe({"quick": False, "filter": ""}), date=date, dirty=False)
+    return results.save(dataclasses.replace(result, **{"runs": [run], **changes}), folder)
+
+
+def swept() -> list[results.Row]:
+    return [
+        dataclasses.replace(a_row(case.id), peers={}, ratios={}, suite="sweep", case=dataclasses.asdict(case))
+        for case in SUITES["sweep"].cases
+    ]
+
+
+def test_report_takes_the_newest_full_result_of_each_suite(tmp_path: Path) -> None:
+    train = a_row("lstm-b1-t1-h8-fp32-train")
+    old = saved(tmp_path, "2026-01-01T00:00:00", [a_row(), train])
+    new = saved(tmp_path, "2026-01-02T00:00:00", [a_row()])
+    saved(tmp_path, "2026-01-03T00:00:00", [a_row()], dirty=True)
+    part = saved(tmp_path, "2026-01-04T00:00:00", [a_row()], options={"quick": False, "filter": "lstm"})
+    picked = report.pick(tmp_path.iterdir(), full=True, dirty=False)
+    assert {suite: path for suite, (path, _) in picked.items()} == {"infer": new, "train": old}
+    assert report.pick(tmp_path.iterdir(), full=False, dirty=False)["infer"][0] == part
+
+
+def test_report_counts_rows_below_1(tmp_path: Path) -> None:
+    rows = [a_row(ratio=4.0), a_row("lstm-b2-t1-h8-fp32-infer", 0.25), a_row("gru-b1-t1-h8-fp32-infer", 2.0)]
+    picked = report.pick([saved(tmp_path, "2026-01-01T00:00:00", rows)], full=True, dirty=False)
+    line = "| inference | torch.nn | **1.00** (0.25 to 4.00) | **2.00** (2.00 to 2.00) | 1 of 3 |"
+    assert line in report.summary(picked)
+
+
+def test_report_replaces_only_its_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [a_row(), a_row("gru-b1-t1-h8-bf16-infer"), *swept()]
+    extra = {name: getattr(a_result(), name) for name in ("memory", "contention")}
+    path = saved(tmp_path, "2026-01-01T00:00:00", rows, **extra)
+    readme, images = tmp_path / "README.md", tmp_path / "docs"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    assert report.main([str(path), "--readme", str(readme), "--plots", str(images)]) == 0
+    text = readme.read_text()
+    assert text.startswith(f"before\n{report.BEGIN}\n")
+    assert text.endswith(f"\n{report.END}\nafter\n")
+    assert "old" not in text
+    assert path.name in text
+    for name in ("docs/speed.png", "docs/sweep.png"):
+        assert f"({name})" in text
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_refuses_what_it_cannot_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = saved(tmp_path, "2026-01-01T00:00:00", [a_row()], dirty=True)
+    readme = tmp_path / "README.md"
+    readme.write_text("no markers")
+    arguments = [str(path), "--readme", str(readme), "--plots", str(tmp_path)]
+    assert report.main(arguments) == 2
+    assert "committed" in capsys.readouterr().err
+    assert report.main([*arguments, "--dirty"]) == 2
+    assert report.BEGIN in capsys.readouterr().err
+    assert readme.read_text() == "no markers"
+
+
+def test_plot_labels_name_the_case() -> None:
+    assert (
+        plots.label(a_row("lstm-b2-t4-i8-h16-bi-l2-ragged-fp32-infer"))
+        == "B 2  T 4  I 8  H 16  bi  L 2  ragged"
+    )
+    assert plots.label(a_row("gru-b1-t1-h8-bf16-infer")) == "B 1  T 1  H 8  bf16"
