@@ -139,9 +139,7 @@ def peer_names(rows: Sequence[Row]) -> list[str]:
 def table(rows: Sequence[Row]) -> Table:
     """Returns the rows as a table, with the ratio of each peer's median to ours."""
     names = peer_names(rows)
-    out = Table(
-        "case", title="medians in ms; peers: their median / ours; error: ours, and the largest of a peer"
-    )
+    out = Table(title="medians in ms; peers: their median / ours; error: ours, and the largest of a peer")
     out.add_column("case", no_wrap=True)
     for title in ("thr", "ms", *names, "of peak", "of floor", "error", "peers'"):
         out.add_column(title, justify="right", no_wrap=title not in names)

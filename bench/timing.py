@@ -53,15 +53,16 @@ def interleave(functions: Sequence[Callable[[], object]], budget: float, pause: 
     """Returns the times of the functions, measured in turns and in alternating order for ``budget`` seconds.
 
     One that takes longer than a fifth of the budget is still measured five times. With a ``pause`` each turn
-    begins with that many idle seconds and a call that does not count, and is not much shorter.
+    begins with that many idle seconds, and where a call is shorter than that, with one that does not count.
     """
     for function in functions:  # The first call allocates, packs weights and starts threads.
         function()
-    calls, estimates = [], []
+    calls, estimates, warm_ups = [], [], []
     for function in functions:
         once = min(sample(function, 1) for _ in range(2))
         calls.append(max(1, math.ceil(max(SAMPLE_SECONDS, pause / 4) / once)))
-        estimates.append(once * calls[-1] + ((pause + once) if pause else 0))
+        warm_ups.append(once < pause)
+        estimates.append(pause + once * (calls[-1] + warm_ups[-1]))
     samples: list[list[float]] = [[] for _ in functions]
     order = list(range(len(functions)))
     gc.collect()
@@ -71,6 +72,7 @@ def interleave(functions: Sequence[Callable[[], object]], budget: float, pause: 
             for i in order:
                 if pause:
                     time.sleep(pause)
+                if warm_ups[i]:
                     functions[i]()
                 samples[i].append(sample(functions[i], calls[i]))
             order.reverse()

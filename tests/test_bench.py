@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,8 @@ from bench.cases import GATES, QUICK, SUITES, Case
 from bench.peers.loop import CompiledLoop
 from bench.peers.onnx import OnnxRuntime, OpenVino, missing
 
+ERRORS = {"torchrnn": 1e-7, "torch.nn": 1e-7}
+
 
 def a_time() -> timing.Stats:
     return timing.Stats(median=2.0, minimum=1.0, iqr=0.5, repeats=5, calls=3)
@@ -27,9 +30,7 @@ def a_time() -> timing.Stats:
 
 def a_row(name: str = "lstm-b1-t1-h8-fp32-infer", ratio: float = 2.0) -> results.Row:
     time = a_time()
-    return results.Row(
-        name, 1, time, {"torch.nn": time}, {"torch.nn": ratio}, 1.0, 0.1, 0.2, 0.3, {"torchrnn": 1e-7}
-    )
+    return results.Row(name, 1, time, {"torch.nn": time}, {"torch.nn": ratio}, 1.0, 0.1, 0.2, 0.3, ERRORS)
 
 
 def a_result() -> results.Result:
@@ -206,8 +207,10 @@ def test_interleave_pauses_and_warms_up(monkeypatch: pytest.MonkeyPatch) -> None
     log: list[str] = []
     monkeypatch.setattr(timing, "SAMPLE_SECONDS", 0.0)
     monkeypatch.setattr(timing.time, "sleep", lambda seconds: log.append("."))
-    timing.interleave([lambda: log.append("a"), lambda: log.append("b")], budget=1e-9, pause=1e-9)
-    assert "".join(log).endswith(".aa.bb" + ".bb.aa" + ".aa.bb")
+    a, b = timing.interleave([lambda: log.append("a"), lambda: log.append("b")], budget=1e-9, pause=1e-3)
+    turns = re.findall(r"\.(a+|b+)", "".join(log))
+    assert [turn[0] for turn in turns] == list("abbaabbaab")
+    assert [len(turn) for turn in turns[:2]] == [a.calls + 1, b.calls + 1]  # And one that does not count.
 
 
 LEVELS = [
@@ -320,6 +323,14 @@ def test_bad_options_are_refused(arguments: list[str], capsys: pytest.CaptureFix
 def test_filter_without_cases_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_run.main(["--filter", "no such case"]) == 2
     assert "no case matches" in capsys.readouterr().err
+
+
+def test_table_has_a_cell_for_each_column() -> None:
+    table = bench_run.table([a_row(), dataclasses.replace(a_row(), peers={}, ratios={})])
+    cells = {str(column.header): list(column.cells) for column in table.columns}
+    assert cells["case"] == ["lstm-b1-t1-h8-fp32-infer"] * 2
+    assert cells["torch.nn"] == ["2.00", ""]
+    assert cells["of floor"] == ["30%", "30%"]
 
 
 def test_bench_runs_as_a_file() -> None:
