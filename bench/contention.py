@@ -1,7 +1,7 @@
 """How a step slows down when another process runs the same: ``python -m bench contention``.
 
-Each process has as many threads as the machine has cores, so that two of them want twice what there is. Where
-the threads of a step wait for each other, it can take far longer than twice its time.
+With as many threads in each as there are cores, two processes want twice what there is. Where the threads of
+a step wait for each other, it can take far longer than twice its time.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     parser = options.parser("contention", "Measures a step beside another process that runs the same.")
     add = parser.add_argument
-    add("--threads", metavar="N", type=int, default=2, help="number of threads of each process [2]")
+    add("--threads", metavar="N", type=options.count, default=2, help="number of threads of each process [2]")
     add("--budget", metavar="S", type=options.seconds, help="seconds of each measurement [3]")
     args, console = parser.parse_args(argv), options.console()
     sizes = QUICK_SIZES if args.quick else SIZES

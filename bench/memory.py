@@ -105,7 +105,7 @@ def table(rows: Sequence[Memory]) -> Table:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     parser = options.parser("memory", "Measures the memory of a training step (Linux only).")
-    parser.add_argument("--threads", metavar="N", type=int, default=2, help="number of threads [2]")
+    parser.add_argument("--threads", metavar="N", type=options.count, default=2, help="number of threads [2]")
     args, console = parser.parse_args(argv), options.console()
     if not CLEAR.exists():
         print(f"bench memory: needs {CLEAR}, which only Linux has", file=sys.stderr)

@@ -20,11 +20,14 @@ from bench import results
 WIDTH = 160  # Where there is no terminal to ask.
 
 
-def threads(text: str) -> list[int]:
-    numbers = [int(number) for number in text.split(",")]
-    if min(numbers) < 1:
+def count(text: str) -> int:
+    if int(text) < 1:
         raise ValueError
-    return numbers
+    return int(text)
+
+
+def counts(text: str) -> list[int]:
+    return [count(number) for number in text.split(",")]
 
 
 def regex(text: str) -> re.Pattern[str]:

@@ -163,9 +163,11 @@ def prose(text: str) -> str:
 def section(picked: Picked, images: Sequence[tuple[str, str]]) -> str:
     """Returns what stands between the markers; ``images`` are pairs of text and path."""
     threads = {row.threads for suite in SUITES for row in rows_of(picked, suite)}
+    on = " and ".join(map(str, sorted(threads)))
     text = (
         "Time of a peer over time of torchrnn, so above 1 torchrnn is faster: geometric mean (worst to best "
-        f"row), medians of interleaved runs on {' and '.join(map(str, sorted(threads)))} threads."
+        f"row), medians of interleaved runs on {on} threads. The floor is the least time that the measured "
+        "peak of arithmetic and the measured bandwidths allow."
     )
     parts = [prose(text), "", *summary(picked)] if threads else []
     for label, path in images:

@@ -38,7 +38,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.epilog = "Other commands, each with its --help: python -m bench memory, contention, report."
     add = parser.add_argument
     add("--suite", choices=[*SUITES, "all"], default="all", help="which cases [all: infer and train]")
-    add("--threads", metavar="N,N", type=options.threads, default=[1, 2], help="numbers of threads [1,2]")
+    add("--threads", metavar="N,N", type=options.counts, default=[1, 2], help="numbers of threads [1,2]")
     add("--isa", choices=torchrnn.info()["isas"], help="instruction set of our kernels [the best there is]")
     add("--budget", metavar="S", type=options.seconds, help="seconds per row; slow rows take longer [4]")
     args = parser.parse_args(argv)

@@ -1,0 +1,150 @@
+"""The results of the bench: their files, the table, the report and its plots."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import floors, plots, report, results, timing
+from bench import run as bench_run
+from bench.cases import SUITES
+
+ERRORS = {"torchrnn": 1e-7, "torch.nn": 1e-7}
+
+
+def a_time() -> timing.Stats:
+    return timing.Stats(median=2.0, minimum=1.0, iqr=0.5, repeats=5, calls=3)
+
+
+def a_row(name: str = "lstm-b1-t1-h8-fp32-infer", ratio: float = 2.0) -> results.Row:
+    time = a_time()
+    return results.Row(name, 1, time, {"torch.nn": time}, {"torch.nn": ratio}, 1.0, 0.1, 0.2, 0.3, ERRORS)
+
+
+def a_result() -> results.Result:
+    levels = [floors.Level("L1", 32768, False, 200.0), floors.Level("memory", None, True, 20.0)]
+    run = results.Run(1, "avx2", floors.Floors(100.0, "fma loop, avx2", levels), [a_row()])
+    name = "lstm-b1-t1-h8-fp32-train"
+    peaks = results.Memory(name, 1, {"torchrnn": 1000}, {"torchrnn": 1.0})
+    steps = results.Contention(name, "torchrnn", 1, a_time(), a_time(), 2.0, 3.0)
+    return dataclasses.replace(
+        results.describe({"quick": True}), runs=[run], memory=[peaks], contention=[steps]
+    )
+
+
+def test_result_survives_its_file(tmp_path: Path) -> None:
+    result = a_result()
+    path = results.save(result, tmp_path / "new")
+    assert results.load(path) == result
+    assert path.name.startswith(f"{result.date[:10]}T")
+    assert ("-dirty" in path.name) == result.dirty
+
+
+def test_committed_results_load() -> None:
+    paths = sorted(results.FOLDER.glob("*.json"))
+    assert paths
+    for path in paths:
+        result = results.load(path)
+        assert result.suites
+        assert all(row.group for row in result.rows)
+
+
+def test_result_knows_its_suites() -> None:
+    result = a_result()
+    assert (result.suites, result.full) == ({"infer", "memory", "contention"}, False)
+    assert dataclasses.replace(result, options={"quick": False, "filter": ""}).full
+
+
+def test_result_never_replaces_another(tmp_path: Path) -> None:
+    result = a_result()
+    first = results.save(result, tmp_path)
+    content = first.read_bytes()
+    second = results.save(result, tmp_path)
+    assert second != first
+    assert first.read_bytes() == content
+
+
+def test_geometric_means_are_per_group() -> None:
+    rows = [a_row("lstm-b1-t1-h8-fp32-infer", 4.0), a_row("gru-b1-t1-h8-fp32-train", 1.0)]
+    means = results.geometric_means(rows, "torch.nn")
+    assert means == pytest.approx({"all": 2, "inference": 4, "training": 1, "LSTM": 4, "GRU": 1})
+    assert results.geometric_means(rows[:1], "torch.nn").keys() == {"all", "inference", "LSTM"}
+
+
+def test_table_has_a_cell_for_each_column() -> None:
+    table = bench_run.table([a_row(), dataclasses.replace(a_row(), peers={}, ratios={})])
+    cells = {str(column.header): list(column.cells) for column in table.columns}
+    assert cells["case"] == ["lstm-b1-t1-h8-fp32-infer"] * 2
+    assert cells["torch.nn"] == ["2.00", ""]
+    assert cells["of floor"] == ["30%", "30%"]
+
+
+def saved(folder: Path, date: str, rows: list[results.Row], **changes: Any) -> Path:
+    run = results.Run(1, "avx2", floors.Floors(100.0, "test", []), rows)
+    result = dataclasses.replace(results.describe({"quick": False, "filter": ""}), date=date, dirty=False)
+    return results.save(dataclasses.replace(result, **{"runs": [run], **changes}), folder)
+
+
+def swept() -> list[results.Row]:
+    return [
+        dataclasses.replace(a_row(case.id), peers={}, ratios={}, suite="sweep", case=dataclasses.asdict(case))
+        for case in SUITES["sweep"].cases
+    ]
+
+
+def test_report_takes_the_newest_full_result_of_each_suite(tmp_path: Path) -> None:
+    train = a_row("lstm-b1-t1-h8-fp32-train")
+    old = saved(tmp_path, "2026-01-01T00:00:00", [a_row(), train])
+    new = saved(tmp_path, "2026-01-02T00:00:00", [a_row()])
+    saved(tmp_path, "2026-01-03T00:00:00", [a_row()], dirty=True)
+    part = saved(tmp_path, "2026-01-04T00:00:00", [a_row()], options={"quick": False, "filter": "lstm"})
+    picked = report.pick(tmp_path.iterdir(), full=True, dirty=False)
+    assert {suite: path for suite, (path, _) in picked.items()} == {"infer": new, "train": old}
+    assert report.pick(tmp_path.iterdir(), full=False, dirty=False)["infer"][0] == part
+
+
+def test_report_counts_rows_below_1(tmp_path: Path) -> None:
+    rows = [a_row(ratio=4.0), a_row("lstm-b2-t1-h8-fp32-infer", 0.25), a_row("gru-b1-t1-h8-fp32-infer", 2.0)]
+    picked = report.pick([saved(tmp_path, "2026-01-01T00:00:00", rows)], full=True, dirty=False)
+    line = "| inference | torch.nn | **1.00** (0.25 to 4.00) | **2.00** (2.00 to 2.00) | 1 of 3 |"
+    assert line in report.summary(picked)
+
+
+def test_report_replaces_only_its_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [a_row(), a_row("gru-b1-t1-h8-bf16-infer"), *swept()]
+    extra = {name: getattr(a_result(), name) for name in ("memory", "contention")}
+    path = saved(tmp_path, "2026-01-01T00:00:00", rows, **extra)
+    readme, images = tmp_path / "README.md", tmp_path / "docs"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    assert report.main([str(path), "--readme", str(readme), "--plots", str(images)]) == 0
+    text = readme.read_text()
+    assert text.startswith(f"before\n{report.BEGIN}\n")
+    assert text.endswith(f"\n{report.END}\nafter\n")
+    assert "old" not in text
+    assert path.name in text
+    for name in ("docs/speed.png", "docs/sweep.png"):
+        assert f"({name})" in text
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_refuses_what_it_cannot_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = saved(tmp_path, "2026-01-01T00:00:00", [a_row()], dirty=True)
+    readme = tmp_path / "README.md"
+    readme.write_text("no markers")
+    arguments = [str(path), "--readme", str(readme), "--plots", str(tmp_path)]
+    assert report.main(arguments) == 2
+    assert "committed" in capsys.readouterr().err
+    assert report.main([*arguments, "--dirty"]) == 2
+    assert report.BEGIN in capsys.readouterr().err
+    assert readme.read_text() == "no markers"
+
+
+def test_plot_labels_name_the_case() -> None:
+    assert (
+        plots.label(a_row("lstm-b2-t4-i8-h16-bi-l2-ragged-fp32-infer"))
+        == "B 2  T 4  I 8  H 16  bi  L 2  ragged"
+    )
+    assert plots.label(a_row("gru-b1-t1-h8-bf16-infer")) == "B 1  T 1  H 8  bf16"
