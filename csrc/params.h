@@ -39,6 +39,7 @@ struct LayerParams {
   const T* x;  // [T, B, I]
   int64_t x_stride_t, x_stride_b;
   DirectionWeights<const T> weights[kMaxDirections];
+  const T* packed;         // all directions' weights as Kernels::pack lays them out, or null; then no others
   const T* h0;             // [D, B, R], contiguous; null is zeros
   const T* c0;             // [D, B, H], contiguous; null is zeros
   const int64_t* lengths;  // [B], each in 0..T; null is all T

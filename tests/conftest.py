@@ -185,6 +185,10 @@ class Trio(NamedTuple):
             theirs = gradients(self.theirs, their_result, *their_inputs)
             doubles = gradients(self.exact, exact, *exact_inputs)
         assert_close_to_f64(result, their_result, exact, dtype, "result")
+        with torch.no_grad():  # Once while the weights may not be packed yet, and once when they are.
+            for call in ("first", "second"):
+                inferred = self.ours(*inputs, **extras)
+                assert_close_to_f64(inferred, their_result, exact, dtype, f"result of the {call} inference")
         assert list(ours) == list(theirs) == list(doubles)
         for name in ours:
             assert_close_to_f64(ours[name], theirs[name], doubles[name], dtype, f"gradient of {name}")

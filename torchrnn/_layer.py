@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from torchrnn import _dynamo, ops
 from torchrnn.options import Options
+from torchrnn.packing import drop_packed_weights, packed_weights
 from torchrnn.reference import Arguments
 
 OPTIONS = {
@@ -102,6 +103,15 @@ class Layer(nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Does nothing: no kernel needs the weights in one block of memory."""
 
+    def drop_packed_weights(self) -> None:
+        """Makes the next inference call read the weights anew.
+
+        Without grad mode the layers keep a copy of their weights in the layout of the CPU kernels. A weight
+        that is replaced, loaded or written to by torch's own operators is noticed. Call this after writing to
+        one behind torch's back: through ``weight.data``, a NumPy view or a pointer.
+        """
+        drop_packed_weights(self)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.__dict__.pop("_flat_weights", None)  # Of a torch.nn layer.
@@ -149,6 +159,10 @@ class Layer(nn.RNNBase):
             RuntimeError: Where ``torch.nn`` raises it: if a size, or another rank, dtype or device does not
                 fit, or if T is 0.
         """
+        if lengths is None and resets is None and self.num_layers == 1:
+            results = self._infer(input, hx)
+            if results is not None:
+                return results
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError(f"{self._options().cell}: lengths must be None with a PackedSequence")
@@ -175,6 +189,31 @@ class Layer(nn.RNNBase):
         y, states = self._run(x, states, lengths, resets, None)
         if not batched:
             return y.squeeze(1), self._hidden([state.squeeze(1) for state in states])
+        return y.transpose(0, 1) if self.batch_first else y, self._hidden(states)
+
+    def _infer(self, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
+        """The short way of an inference call with one layer, which runs on its packed weights.
+
+        Returns None if they are not there or the arguments do not fit: then ``forward`` has to look closer.
+        """
+        kept = self.__dict__.get("_packed_weights")
+        if not kept or type(input) is not Tensor or not ops.runs_packed():
+            return None
+        get = self._parameters.get
+        packed = kept[0].find([get(name) for names in self._all_weights for name in names], self._options())
+        if packed is None:
+            return None
+        x = input.transpose(0, 1) if self.batch_first and input.dim() == 3 else input
+        h0 = c0 = None
+        if self.mode != "LSTM":
+            h0 = hx
+        elif hx is not None:
+            if type(hx) is not tuple or len(hx) != 2:
+                return None
+            h0, c0 = hx
+        if not packed.fits(x, h0, c0):
+            return None
+        y, *states = ops.layer_packed(packed, x, h0, c0)
         return y.transpose(0, 1) if self.batch_first else y, self._hidden(states)
 
     def _forward_packed(
@@ -209,13 +248,13 @@ class Layer(nn.RNNBase):
             rows = slice(layer * directions, (layer + 1) * directions)
             first = states if self.num_layers == 1 else [state[rows] for state in states]
             h0, c0 = (*first, None, None)[:2]
-            names = zip(*self._all_weights[rows], strict=True)
-            w_ih, w_hh, *rest = [[getattr(self, name) for name in both] for both in names]
+            weights = [self._named(names) for names in self._all_weights[rows]]
+            w_ih, w_hh, *rest = [[*both] for both in zip(*weights, strict=True)]
             b_ih, b_hh = rest[:2] if self.bias else ([], [])
             w_hr = rest[-1] if self.proj_size > 0 else []
             a = Arguments(x, w_ih, w_hh, b_ih, b_hh, w_hr, [], [], [], h0, c0, lengths, resets)
             try:
-                x, _, h_n, c_n = ops.layer(a, options)
+                x, _, h_n, c_n = ops.layer(a, options, packed=packed_weights(self, layer))
             except ValueError:
                 problem = _torch_problem(a)
                 if problem is None:
@@ -225,6 +264,11 @@ class Layer(nn.RNNBase):
         if self.num_layers == 1:
             return x, finals[0]
         return x, tuple(torch.cat(final) for final in zip(*finals, strict=True))
+
+    def _named(self, names: Sequence[str]) -> list[Tensor]:
+        """Returns weights by name; a parameter without the detour that attributes of a module take."""
+        parameters = self._parameters
+        return [w if (w := parameters.get(name)) is not None else getattr(self, name) for name in names]
 
     def _drop(self, x: Tensor, packing: _Packing | None) -> Tensor:
         if packing is None:

@@ -19,6 +19,9 @@ import torch
 ISAS = ("generic", "avx2", "avx512")
 """In the order of ``enum class Isa`` in ``csrc/cpu/kernels.h``, weakest first."""
 
+CHANGES: list[str] = []
+"""The instruction sets that were set after the first one. Each has its own layout of packed weights."""
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """What every path computes with."""
 
@@ -61,6 +64,7 @@ def set_isa(name: str) -> None:
     if name not in isas():
         raise ValueError(f"isa must be one of {', '.join(isas()) or '(no kernels are loaded)'}, got {name!r}")
     torch.ops.torchrnn.set_isa(ISAS.index(name))
+    CHANGES.append(name)
 
 
 @contextlib.contextmanager

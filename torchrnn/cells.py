@@ -14,6 +14,7 @@ from torchrnn import ops
 from torchrnn._layer import OPTIONS, scalar_type
 from torchrnn.layers import check_forget_bias, set_forget_bias
 from torchrnn.options import Options
+from torchrnn.packing import drop_packed_weights, packed_weights
 from torchrnn.reference import Arguments
 
 
@@ -37,6 +38,10 @@ class Cell(nn.RNNCellBase):
 
     def _name(self) -> str:
         return "RNNCell"
+
+    def drop_packed_weights(self) -> None:
+        """Makes the next inference call read the weights anew, see ``torchrnn.LSTM.drop_packed_weights``."""
+        drop_packed_weights(self)
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """Runs one step.
@@ -66,7 +71,7 @@ class Cell(nn.RNNCellBase):
         biases: list[list[Tensor]] = [[] if bias is None else [bias] for bias in (self.bias_ih, self.bias_hh)]
         a = Arguments(x, [self.weight_ih], [self.weight_hh], biases[0], biases[1], [], [], [], [], h0, c0)
         try:
-            _, _, h_n, c_n = ops.layer(a, self._options())
+            _, _, h_n, c_n = ops.layer(a, self._options(), packed=packed_weights(self))
         except ValueError:
             problem = _torch_problem(a)
             if problem is None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torchrnn import reference
 from torchrnn.checks import check, transformed
 from torchrnn.options import ACTIVATIONS, CELLS, Options
+from torchrnn.packing import PackedLayer, PackedWeights, in_order
 from torchrnn.reference import Arguments
 
 _TENSORS = (
@@ -44,13 +45,28 @@ _LIBRARY.define(
     "Tensor y, Tensor tape, bool need_dx, bool need_dstate, bool need_dweights) "
     "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)"
 )
+# For inference on the CPU: ``pack`` lays weights out as the kernels want them, ``layer_packed`` runs on them.
+# H, R and whether there is a projection are arguments because the layout is the kernels' own affair.
+_LIBRARY.define(
+    "pack(Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, Tensor[] bias_hh, Tensor[] weight_hr, "
+    "int cell) -> Tensor"
+)
+_LIBRARY.define(
+    "layer_packed(Tensor x, Tensor packed, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? resets, "
+    "int cell, int activation, int hidden, int outputs, int directions, bool projected, bool reverse) "
+    "-> (Tensor y, Tensor h_n, Tensor c_n)"
+)
 
 _CELL_NAMES = {cell.code: name for name, cell in CELLS.items()}
 _ACTIVATION_NAMES = {code: name for name, code in ACTIVATIONS.items()}
 _TENSOR_COUNT = len(Arguments._fields)
+_NO_MASKS = (None,) * 4
+_LAYER_PACKED = torch.ops.torchrnn.layer_packed.default
 
 
-def layer(a: Arguments, options: Options, all_states: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def layer(
+    a: Arguments, options: Options, all_states: bool = False, packed: PackedWeights | None = None
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Runs one recurrent layer over a sequence, all its directions in one call.
 
     Args:
@@ -58,16 +74,24 @@ def layer(a: Arguments, options: Options, all_states: bool = False) -> tuple[Ten
             (float32, float64, bfloat16 or float16) and device; any strides.
         options: The cell and its variations.
         all_states: Whether to return the c of every step.
+        packed: Where the layer keeps its packed weights, which are used and renewed without grad mode.
 
     Returns:
         ``(y, c_all, h_n, c_n)`` with shapes [T, B, D*R], [T, B, D*H], [D, B, R], [D, B, H]. Outputs past a
-        row's length are zero. ``c_all`` is empty if not wanted, ``c_n`` if the cell has no memory. A state
-        given as None is zeros.
+        row's length are zero. ``c_all`` is None if not wanted, ``c_n`` empty if the cell has no memory. A
+        state given as None is zeros.
 
     Raises:
         ValueError: If a shape, dtype, device, length or combination does not hold.
         TypeError: If an argument is not a tensor where one is required.
     """
+    if packed is not None and (all_states or any(a[6:9]) or a[13:] != _NO_MASKS or not runs_packed()):
+        packed = None
+    if packed is not None and a.lengths is None and a.resets is None:
+        found = packed.find(in_order(a), options)
+        if found is not None and found.fits(a.x, a.h0, a.c0):
+            y, h_n, c_n = layer_packed(found, a.x, a.h0, a.c0)
+            return y, None, h_n, c_n
     if not isinstance(a.x, Tensor):
         raise TypeError(f"{options.cell}: x must be a tensor, got {type(a.x).__name__}")
     a = _autocast(a)
@@ -75,13 +99,42 @@ def layer(a: Arguments, options: Options, all_states: bool = False) -> tuple[Ten
     if a.lengths is not None and a.lengths.device != a.x.device:
         a = a._replace(lengths=a.lengths.to(a.x.device))
     if _reference_only(a, options):
-        return reference.layer(a, options, all_states)
+        y, c_all, h_n, c_n = reference.layer(a, options, all_states)
+        return y, c_all if all_states else None, h_n, c_n
+    if packed is not None:
+        made = packed.find(in_order(a), options) or packed.make(a, options)
+        if made is not None:
+            y, h_n, c_n = layer_packed(made, a.x, a.h0, a.c0, lengths=a.lengths, resets=a.resets)
+            return y, None, h_n, c_n
     flat = (*a, *_scalars(options), all_states)
     if torch.is_grad_enabled() and _requires_grad(a):
         y, c_all, h_n, c_n, _ = torch.ops.torchrnn.layer(*flat)
     else:
         y, c_all, h_n, c_n = torch.ops.torchrnn.layer_infer(*flat)
-    return y, c_all, h_n, c_n
+    return y, c_all if all_states else None, h_n, c_n
+
+
+def runs_packed() -> bool:
+    """Whether packed weights may be used: in inference, where nothing traces, transforms or casts them."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+        or transformed()
+    )
+
+
+def layer_packed(
+    packed: PackedLayer,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    *,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs a layer on packed weights that the call fits; returns ``(y, h_n, c_n)`` of ``layer``."""
+    return _LAYER_PACKED(x, packed.data, h0, c0, lengths, resets, *packed.scalars)  # type: ignore[no-any-return]
 
 
 def _scalars(options: Options) -> tuple[Any, ...]:
@@ -230,6 +283,17 @@ def _layer_fake(*args: Any) -> tuple[Tensor, ...]:
     return (*_layer_infer_fake(*args), tape)
 
 
+def _layer_packed_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, cell, hidden, outputs, directions = args[0], args[6], *args[8:11]
+    steps, batch, _ = x.shape
+    memory = CELLS[_CELL_NAMES[cell]].memory
+    return (
+        x.new_empty(steps, batch, directions * outputs),
+        x.new_empty(directions, batch, outputs),
+        x.new_empty(directions, batch, hidden) if memory else x.new_empty(0),
+    )
+
+
 def _layer_backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     need_dx, need_dstate, need_dweights = args[-3:]
     a = Arguments._make(args[4 : 4 + _TENSOR_COUNT])
@@ -256,6 +320,7 @@ for _name, _kernel in (
     _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
 torch.library.register_fake("torchrnn::layer", _layer_fake, lib=_LIBRARY)
 torch.library.register_fake("torchrnn::layer_infer", _layer_infer_fake, lib=_LIBRARY)
+torch.library.register_fake("torchrnn::layer_packed", _layer_packed_fake, lib=_LIBRARY)
 torch.library.register_fake("torchrnn::layer_backward", _layer_backward_fake, lib=_LIBRARY)
 
 

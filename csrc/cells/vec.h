@@ -17,8 +17,8 @@ __attribute__((noinline, cold)) inline void copy_part(void* to, const void* from
   memcpy(to, from, bytes);
 }
 
-// In place of a number of lanes: all of them, known when compiling. Loops over rows have their own code for it,
-// since with a second case behind every load and store GCC keeps the values in memory.
+// In place of a number of lanes: all of them, known when compiling. Loops over rows have their own code for
+// it, since with a second case behind every load and store GCC keeps the values in memory.
 struct AllLanes {};
 
 template <typename T>
@@ -163,8 +163,8 @@ RNN_FN Vec<T, N> at_least(Vec<T, N> x, T bound) {
   return x;
 }
 
-// exp(y) = scale + scale * p with scale = 2^n, n = round(y / ln 2), and p = exp(r) - 1 by its Taylor series in
-// r = y - n ln 2: kept apart so that exp(y) - 1 loses nothing. ln 2 in two parts makes r exact to working
+// exp(y) = scale + scale * p with scale = 2^n, n = round(y / ln 2), and p = exp(r) - 1 by its Taylor series
+// in r = y - n ln 2: kept apart so that exp(y) - 1 loses nothing. ln 2 in two parts makes r exact to working
 // precision, with fused multiply-adds and without.
 template <typename T, int N>
 RNN_FN void exp_parts(Vec<T, N> y, Vec<T, N>& scale, Vec<T, N>& p) {

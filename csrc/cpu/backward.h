@@ -243,7 +243,8 @@ struct Backward {
             const int64_t unit = j * Matrix::kWidth + v * N;
             V::with_lanes(matrix.columns - unit, [&](auto m) {
               const T* sums = acc + v * N;
-              for (int64_t i = i0; i < i0 + block; ++i, sums += Matrix::kWidth) use(i, V::load(sums), unit, m);
+              for (int64_t i = i0; i < i0 + block; ++i, sums += Matrix::kWidth)
+                use(i, V::load(sums), unit, m);
             });
           }
         }

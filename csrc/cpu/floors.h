@@ -27,16 +27,20 @@ inline double multiply_add_loop(int64_t iterations) {
 inline float read_loop(const float* data, int64_t count, int64_t times) {
   using V = VecOf<float>;
   constexpr int kChains = 8;
-  V sum[kChains];
-  for (int i = 0; i < kChains; ++i) sum[i] = V(0.0f);
+  float total = 0;
   for (int64_t n = 0; n < times; ++n) {
+    // Inside the loop over times, else GCC keeps the sums in memory for the asm below.
+    V sum[kChains];
+#pragma GCC unroll 16
+    for (int i = 0; i < kChains; ++i) sum[i] = V(0.0f);
     for (int64_t k = 0; k + kChains * V::kSize <= count; k += kChains * V::kSize)
 #pragma GCC unroll 16
       for (int i = 0; i < kChains; ++i) sum[i] += V::load(data + k + i * V::kSize);
+#pragma GCC unroll 16
+    for (int i = 1; i < kChains; ++i) sum[0] += sum[i];
+    total += sum[0].sum();
     asm volatile("" : : : "memory");
   }
-  float total = 0;
-  for (int i = 0; i < kChains; ++i) total += sum[i].sum();
   return total;
 }
 

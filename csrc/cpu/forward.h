@@ -15,6 +15,7 @@
 #include "cpu/rows.h"
 #include "cpu/team.h"
 #include "cpu/tile.h"
+#include "cpu/weights.h"
 
 namespace torchrnn {
 inline namespace RNN_ISA {
@@ -44,13 +45,11 @@ template <typename T>
 struct ForwardState {
   Rows rows;
   T* zeros;
-  T* bias_x;        // [G*H]: b_ih, and b_hh where the cell adds it before the nonlinearity
-  const T* bias_h;  // [H]: b_hh of the candidate of Gru, or null
-  T* wx;            // [chunk, B, G*H], inference only
-  T* reset_h;       // [B, H], GruResetBefore: r * h
-  T* update;        // [B, H], GruResetBefore in inference: z
-  T* cell_out;      // [B, H], projection: h before it
-  int64_t chunk;    // steps whose input projection is made at a time
+  T* wx;          // [chunk, B, G*H], inference only
+  T* reset_h;     // [B, H], GruResetBefore: r * h
+  T* update;      // [B, H], GruResetBefore in inference: z
+  T* cell_out;    // [B, H], projection: h before it
+  int64_t chunk;  // steps whose input projection is made at a time
 };
 
 template <typename T, template <typename> class CellOf>
@@ -59,18 +58,17 @@ struct Forward {
   using C = CellOf<V>;
   static constexpr int N = V::kSize;
   static constexpr int G = C::kGates;
-  static constexpr bool kTwoHalves = C::kHalves == 2;
-  static constexpr int kFirst = kTwoHalves ? 2 : G;  // gates of the first recurrent product
-  static constexpr int U = G == 1 ? 4 : kTwoHalves ? 2 : 1;
-  using Recurrent = GateMatrix<T, kFirst, U>;
-  using Input = GateMatrix<T, G, G == 1 ? 4 : 1>;
-  using Second = GateMatrix<T, 1, 4>;  // the candidate of GruResetBefore, or the projection
+  using W = Weights<T, CellOf>;
+  static constexpr bool kTwoHalves = W::kTwoHalves;
+  static constexpr int kFirst = W::kFirst, U = W::U;
+  using Recurrent = typename W::Recurrent;
+  using Input = typename W::Input;
+  using Second = typename W::Second;
 
   const LayerParams<T>& p;
-  Input input[kMaxDirections];
-  Recurrent recurrent[kMaxDirections];
-  Second second[kMaxDirections];
+  W weights[kMaxDirections];
   ForwardState<T> state[kMaxDirections];
+  int64_t turn;  // Of the calls that the calling thread makes: so even single steps sweep to and fro.
   Barrier* group_barriers;  // [threads]
   Barrier direction_barriers[kMaxDirections];
 
@@ -83,19 +81,25 @@ struct Forward {
   }
 
   Forward(const LayerParams<T>& params, int threads, Arena& arena) : p(params) {
+    static thread_local int64_t calls = 0;
+    turn = calls++ % 2;
     group_barriers = arena.template get<Barrier>(threads);
     const int64_t widest = max64(max64(p.inputs, p.hidden), p.outputs);
     T* zeros = arena.template get<T>(widest);
     // The part of the input projection that is ahead of the scan should still be in L2 when it is used, but
     // have rows enough to use each weight that it reads several times.
     const int64_t chunk_rows = max64(96, (512 * 1024) / (G * p.hidden * int64_t(sizeof(T))));
-    const bool packs = p.steps * p.batch >= kPackFrom;
+    const bool packs = p.packed != nullptr || p.steps * p.batch >= kPackFrom;
+    const T* packed = p.packed;
     for (int d = 0; d < p.directions; ++d) {
-      const auto& w = p.weights[d];
-      input[d] = {w.weight_ih, p.hidden, p.inputs, zeros, nullptr};
-      recurrent[d] = {w.weight_hh, p.hidden, p.outputs, zeros, nullptr};
-      if (kTwoHalves) second[d] = {w.weight_hh + 2 * p.hidden * p.hidden, p.hidden, p.hidden, zeros, nullptr};
-      if (p.projected) second[d] = {w.weight_hr, p.outputs, p.hidden, zeros, nullptr};
+      W& w = weights[d];
+      w = W(p, d, zeros);
+      if (p.packed != nullptr) {
+        packed += w.place(p, const_cast<T*>(packed), true);
+      } else {
+        w.place(p, arena.template get<T>(w.place(p, nullptr, packs)), packs);
+        w.add_biases(p, d);
+      }
       ForwardState<T>& s = state[d];
       s = {};
       s.rows = {p.steps,
@@ -104,14 +108,9 @@ struct Forward {
                 p.resets,
                 arena.template get<int64_t>(p.batch),
                 arena.template get<int64_t>(p.steps)};
+      s.rows.sort();
       s.zeros = zeros;
-      s.bias_x = arena.template get<T>(G * p.hidden);
       s.chunk = min64(p.steps, ceil_div(chunk_rows, max64(p.batch, 1)));
-      if (packs) {
-        input[d].packed = arena.template get<T>(input[d].packed_size());
-        recurrent[d].packed = arena.template get<T>(recurrent[d].packed_size());
-        if (has_second()) second[d].packed = arena.template get<T>(second[d].packed_size());
-      }
       if (p.tape == nullptr) s.wx = arena.template get<T>(s.chunk * p.batch * G * p.hidden);
       if (kTwoHalves) s.reset_h = arena.template get<T>(p.batch * p.hidden);
       if (kTwoHalves && p.tape == nullptr) s.update = arena.template get<T>(p.batch * p.hidden);
@@ -119,18 +118,6 @@ struct Forward {
     }
     for (int i = 0; i < threads; ++i) group_barriers[i] = Barrier();
     for (int64_t k = 0; k < widest; ++k) zeros[k] = T(0);
-    for (int d = 0; d < p.directions; ++d) prepare(d);
-  }
-
-  void prepare(int d) {
-    ForwardState<T>& s = state[d];
-    s.rows.sort();
-    const auto& w = p.weights[d];
-    for (int64_t i = 0; i < G * p.hidden; ++i) {
-      const bool apart = C::kHiddenBias >= 0 && i / p.hidden == C::kHiddenBias;
-      s.bias_x[i] = w.bias_ih == nullptr ? T(0) : apart ? w.bias_ih[i] : w.bias_ih[i] + w.bias_hh[i];
-    }
-    s.bias_h = C::kHiddenBias >= 0 && w.bias_hh != nullptr ? w.bias_hh + C::kHiddenBias * p.hidden : nullptr;
   }
 
   // How many threads have something to do.
@@ -146,31 +133,19 @@ struct Forward {
     if (id >= plan.used()) return;
     const Slice slice = plan.slice(id);
     for (int d = plan.direction_part(id); d < p.directions; d += plan.direction_parts) {
-      pack(d, slice);
-      direction_barriers[d].wait(slice.size());
+      if (p.packed == nullptr) {
+        weights[d].pack(slice);
+        direction_barriers[d].wait(slice.size());
+      }
       Thread(*this, d, slice, group_barriers[id - slice.unit_part]).run();
     }
-  }
-
-  void pack(int d, const Slice& slice) const {
-    // A thread packs what it will read itself, as far as one does, so that it is in its own cache.
-    const auto part = [&](int64_t panels) {
-      const Range mine = slice.units(panels);
-      const Range sub = share(mine.end - mine.begin, slice.row_part, slice.row_parts);
-      return Range{mine.begin + sub.begin, mine.begin + sub.end};
-    };
-    const Range in = part(input[d].panels()), re = part(recurrent[d].panels());
-    input[d].pack(in.begin, in.end);
-    recurrent[d].pack(re.begin, re.end);
-    if (!has_second()) return;
-    const Range se = part(second[d].panels());
-    second[d].pack(se.begin, se.end);
   }
 
   // One thread's part of one direction.
   struct Thread {
     const Forward& f;
     const LayerParams<T>& p;
+    const W& weights;
     const ForwardState<T>& state;
     const int d;
     const Slice slice;
@@ -179,27 +154,32 @@ struct Forward {
     const int64_t mine;  // rows
     StepRow<T>* step;    // [mine]
     const T** left;      // [max(mine, kRowBlock)], rows of a product
+    const T** inputs;    // [mine], rows of x
+    const bool fused;    // each panel's input projection is made just before its recurrent product
     T* acc;              // [kRowBlock, panel width]
     Arena memory;
 
     Thread(const Forward& forward, int direction, const Slice& slice_, Barrier& barrier_)
         : f(forward),
           p(forward.p),
+          weights(forward.weights[direction]),
           state(forward.state[direction]),
           d(direction),
           slice(slice_),
           barrier(barrier_),
           back(forward.backwards(direction)),
-          mine(slice_.rows(forward.p.batch)) {
+          mine(slice_.rows(forward.p.batch)),
+          fused(forward.state[direction].chunk == 1 && int(Input::kUnits) == int(Recurrent::kUnits)) {
       step = memory.template get<StepRow<T>>(mine);
       left = memory.template get<const T*>(max64(mine, kRowBlock));
+      inputs = memory.template get<const T*>(mine);
       acc = memory.template get<T>(kRowBlock * 4 * N);
     }
 
     void run() {
       start();
       for (int64_t s = 0; s < p.steps && state.rows.active[s] > 0; ++s) {
-        if (s % state.chunk == 0) project_inputs(s);
+        if (!fused && s % state.chunk == 0) project_inputs(s);
         const int64_t count = slice.rows(state.rows.active[s]);
         place(s, count);
         first_half(s, count);
@@ -215,7 +195,7 @@ struct Forward {
     // c_n is the running c. A thread fills only its own units, which nobody else reads or writes.
     void start() {
       if (C::kMemory < 0 || p.batch == 0) return;
-      const Range units = own_units(f.recurrent[d]);
+      const Range units = own_units(weights.recurrent);
       for (int64_t i = 0; i < mine; ++i) {
         const int64_t at = (d * p.batch + state.rows.order[slice.row(i)]) * p.hidden;
         for (int64_t u = units.begin; u < units.end; ++u)
@@ -257,40 +237,38 @@ struct Forward {
           left[count] = p.x + state.rows.time(b, s, back) * p.x_stride_t + b * p.x_stride_b;
           out[count++] = wx_row(s, b);
         }
-        input_block(blocks++, count, out);
+        const Sweep panels(slice.units(weights.input.panels()), blocks++);
+        for (int64_t n = 0; n < panels.size() && count > 0; ++n)
+          project_panel(panels[n], panels[n + 1], count, left, [&](int64_t r) { return out[r]; });
       }
       // The halves of GruResetBefore share units out otherwise than its input projection.
       if (kTwoHalves) barrier.wait(slice.unit_parts);
     }
 
-    void input_block(int64_t block, int64_t count, T* const* out) {
-      const Input& matrix = f.input[d];
-      constexpr int kVectors = Input::kUnits / N;
-      const Sweep panels(slice.units(matrix.panels()), block);
-      for (int64_t n = 0; n < panels.size() && count > 0; ++n) {
-        const int64_t j = panels[n];
-        matrix.product(j, panels[n + 1], count, left, acc);
-        for (int v = 0; v < kVectors; ++v) {
-          const int64_t unit = j * Input::kUnits + v * N;
-          V::with_lanes(p.hidden - unit, [&](auto m) {
-            for (int64_t r = 0; r < count; ++r)
+    // wx = W x + b for one panel of units and `count` rows of x, row r to out(r).
+    template <typename Out>
+    RNN_FN void project_panel(int64_t j, int64_t next, int64_t count, const T* const* rows, const Out& out) {
+      weights.input.product(j, next, count, rows, acc);
+      for (int v = 0; v < Input::kUnits / N; ++v) {
+        const int64_t unit = j * Input::kUnits + v * N;
+        V::with_lanes(p.hidden - unit, [&](auto m) {
+          for (int64_t r = 0; r < count; ++r)
 #pragma GCC unroll 8
-              for (int g = 0; g < G; ++g) {
-                const V sum = V::load(acc + r * Input::kWidth + (v * G + g) * N);
-                (sum + V::load(state.bias_x + g * p.hidden + unit, m))
-                    .store(out[r] + g * p.hidden + unit, m);
-              }
-          });
-        }
+            for (int g = 0; g < G; ++g) {
+              const V sum = V::load(acc + r * Input::kWidth + (v * G + g) * N);
+              (sum + V::load(weights.bias_x + g * p.hidden + unit, m)).store(out(r) + g * p.hidden + unit, m);
+            }
+        });
       }
     }
 
-    // Fills step[] and left[] for step s of the first `count` of this thread's rows.
+    // Fills step[], left[] and inputs[] for step s of the first `count` of this thread's rows.
     void place(int64_t s, int64_t count) {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t b = state.rows.order[slice.row(i)], t = state.rows.time(b, s, back);
         StepRow<T>& row = step[i];
         left[i] = h_prev(b, s);
+        inputs[i] = p.x + t * p.x_stride_t + b * p.x_stride_b;
         row.y = f.y(d, t, b);
         row.h = p.projected ? state.cell_out + b * p.hidden : row.y;
         row.wx = wx_row(s, b);
@@ -304,11 +282,12 @@ struct Forward {
     }
 
     void first_half(int64_t s, int64_t count) {
-      const Recurrent& matrix = f.recurrent[d];
-      const Sweep panels(slice.units(matrix.panels()), s);
+      const Recurrent& matrix = weights.recurrent;
+      const Sweep panels(slice.units(matrix.panels()), s + f.turn);
       for (int64_t n = 0; n < panels.size(); ++n)
         for (int64_t i0 = 0; i0 < count; i0 += kRowBlock) {
           const int64_t j = panels[n], block = min64(kRowBlock, count - i0);
+          if (fused) project_panel(j, j, block, inputs + i0, [&](int64_t r) { return step[i0 + r].wx; });
           matrix.product(j, i0 + block < count ? j : panels[n + 1], block, left + i0, acc);
           for (int v = 0; v < U; ++v) {
             const int64_t unit = j * Recurrent::kUnits + v * N;
@@ -335,8 +314,7 @@ struct Forward {
         wx[g] = V::load(row.wx + g * p.hidden + unit, m);
         rh[g] = V::load(sums + g * N);
       }
-      if (C::kHiddenBias >= 0 && state.bias_h != nullptr)
-        rh[C::kHiddenBias < 0 ? 0 : C::kHiddenBias] += V::load(state.bias_h + unit, m);
+      if constexpr (C::kHiddenBias >= 0) rh[C::kHiddenBias] += V::load(weights.bias_h + unit, m);
       typename C::State prev{V(T(0)), V(T(0))};
       if (C::kReadsH) prev.h = V::load(left[i] + unit, m);
       if (C::kMemory >= 0) prev.c = V::load(row.c_prev + unit, m);
@@ -368,7 +346,7 @@ struct Forward {
     }
 
     void second_half(int64_t s, int64_t count) {
-      const Second& matrix = f.second[d];
+      const Second& matrix = weights.second;
       const Sweep panels(slice.units(matrix.panels()), s);
       const T* source[kRowBlock];
       for (int64_t n = 0; n < panels.size(); ++n)

@@ -25,6 +25,21 @@ void forward(const LayerParams<T>& p, int threads, cpu::RunTeam run_team) {
 }
 
 template <typename T>
+int64_t pack(const LayerParams<T>& p, T* out) {
+  switch (p.cell) {
+    case Cell::kLstm:
+      return Weights<T, Lstm>::pack_all(p, out);
+    case Cell::kGru:
+      return Weights<T, Gru>::pack_all(p, out);
+    case Cell::kGruResetBefore:
+      return Weights<T, GruResetBefore>::pack_all(p, out);
+    case Cell::kRnn:
+      return Weights<T, RnnTanh>::pack_all(p, out);
+  }
+  return 0;
+}
+
+template <typename T>
 void backward(const BackwardParams<T>& p, int threads, cpu::RunTeam run_team) {
   switch (p.layer.cell) {
     case Cell::kLstm:
@@ -45,4 +60,5 @@ void backward(const BackwardParams<T>& p, int threads, cpu::RunTeam run_team) {
 #define RNN_KERNELS                                                           \
   {torchrnn::RNN_ISA::forward<float>,    torchrnn::RNN_ISA::forward<double>,  \
    torchrnn::RNN_ISA::backward<float>,   torchrnn::RNN_ISA::backward<double>, \
+   torchrnn::RNN_ISA::pack<float>,       torchrnn::RNN_ISA::pack<double>,     \
    torchrnn::RNN_ISA::multiply_add_loop, torchrnn::RNN_ISA::read_loop}

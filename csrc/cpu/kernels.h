@@ -21,6 +21,9 @@ struct Kernels {
   void (*forward_f64)(const LayerParams<double>&, int threads, RunTeam);
   void (*backward_f32)(const BackwardParams<float>&, int threads, RunTeam);
   void (*backward_f64)(const BackwardParams<double>&, int threads, RunTeam);
+  // Lays the weights out as LayerParams::packed wants them, unless `out` is null; returns their number.
+  int64_t (*pack_f32)(const LayerParams<float>&, float* out);
+  int64_t (*pack_f64)(const LayerParams<double>&, double* out);
   // Floors that bench measures against. iterations of a loop of independent multiply-adds; returns their
   // number.
   double (*multiply_add_loop)(int64_t iterations);

@@ -187,6 +187,18 @@ class Widened {
 };
 
 template <typename T>
+void set_sequences(LayerParams<T>& p, Widened<T>& wide, const MaybeTensor& lengths,
+                   const MaybeTensor& resets) {
+  if (lengths.has_value()) RNN_CHECK_SHAPE(*lengths, p.batch);
+  p.lengths = wide.template dense_as<int64_t>(lengths, ScalarType::Long);
+  for (int64_t b = 0; p.lengths != nullptr && b < p.batch; ++b)
+    STD_TORCH_CHECK(p.lengths[b] >= 0 && p.lengths[b] <= p.steps, "lengths must be in 0..T=", p.steps,
+                    ", got ", p.lengths[b]);
+  if (resets.has_value()) RNN_CHECK_SHAPE(*resets, p.steps, p.batch);
+  p.resets = wide.template dense_as<bool>(resets, ScalarType::Bool);
+}
+
+template <typename T>
 LayerParams<T> layer_params(const Arguments& a, Widened<T>& wide) {
   LayerParams<T> p{};
   const CellInfo info = cell_info(a.cell);
@@ -217,14 +229,7 @@ LayerParams<T> layer_params(const Arguments& a, Widened<T>& wide) {
   if (a.h0.has_value()) RNN_CHECK_SHAPE(*a.h0, p.directions, p.batch, p.outputs);
   if (a.c0.has_value()) RNN_CHECK_SHAPE(*a.c0, p.directions, p.batch, p.hidden);
   p.h0 = wide.dense(a.h0), p.c0 = wide.dense(a.c0);
-
-  if (a.lengths.has_value()) RNN_CHECK_SHAPE(*a.lengths, p.batch);
-  p.lengths = wide.template dense_as<int64_t>(a.lengths, ScalarType::Long);
-  for (int64_t b = 0; p.lengths != nullptr && b < p.batch; ++b)
-    STD_TORCH_CHECK(p.lengths[b] >= 0 && p.lengths[b] <= p.steps, "lengths must be in 0..T=", p.steps,
-                    ", got ", p.lengths[b]);
-  if (a.resets.has_value()) RNN_CHECK_SHAPE(*a.resets, p.steps, p.batch);
-  p.resets = wide.template dense_as<bool>(a.resets, ScalarType::Bool);
+  set_sequences(p, wide, a.lengths, a.resets);
 
   // ops.py sends calls with these to the reference; a kernel that ignored one would be wrong in silence.
   STD_TORCH_CHECK(a.peephole.empty() && a.norm_gain.empty() && a.norm_shift.empty() &&
@@ -297,6 +302,134 @@ LayerOutput forward(const Arguments& a, bool all_states, bool training) {
 LayerOutput forward(const Arguments& a, bool all_states, bool training) {
   return wide_type(a.x) == ScalarType::Double ? forward<double>(a, all_states, training)
                                               : forward<float>(a, all_states, training);
+}
+
+// Packed weights
+// ----------------------------------------------------------------------------------------------
+
+// What packed weights must agree on with the call that reads them; it stands before them.
+constexpr int64_t kHeader = 16;
+
+template <typename T>
+void packed_header(const LayerParams<T>& p, T (&header)[kHeader]) {
+  const int64_t values[kHeader] = {get_isa(), int64_t(p.cell), p.directions, p.inputs,
+                                   p.hidden,  p.outputs,       p.projected};
+  for (int64_t i = 0; i < kHeader; ++i) header[i] = T(values[i]);
+}
+
+template <typename T>
+int64_t run_pack(const LayerParams<T>& p, T* out) {
+  if constexpr (sizeof(T) == sizeof(float))
+    return kernels().pack_f32(p, out);
+  else
+    return kernels().pack_f64(p, out);
+}
+
+template <typename T>
+Tensor pack(const Tensors& weight_ih, const Tensors& weight_hh, const Tensors& bias_ih,
+            const Tensors& bias_hh, const Tensors& weight_hr, int64_t cell) {
+  const ScalarType dtype = wide_type(weight_hh.at(0));
+  Widened<T> wide(dtype);
+  const Tensor x = empty({0, 0, weight_ih.at(0).size(1)}, dtype);
+  const Tensors none;
+  const MaybeTensor absent;
+  const LayerParams<T> p = layer_params<T>({x,
+                                            weight_ih,
+                                            weight_hh,
+                                            bias_ih,
+                                            bias_hh,
+                                            weight_hr,
+                                            none,
+                                            none,
+                                            none,
+                                            absent,
+                                            absent,
+                                            absent,
+                                            absent,
+                                            absent,
+                                            absent,
+                                            absent,
+                                            absent,
+                                            cell,
+                                            int64_t(Activation::kTanh),
+                                            std::nullopt,
+                                            std::nullopt,
+                                            0.0,
+                                            false},
+                                           wide);
+  const Tensor packed = empty({kHeader + run_pack<T>(p, nullptr)}, dtype);
+  T* out = packed.template mutable_data_ptr<T>();
+  T header[kHeader];
+  packed_header(p, header);
+  std::copy(header, header + kHeader, out);
+  run_pack<T>(p, out + kHeader);
+  return packed;
+}
+
+Tensor pack_weights(const Tensors& weight_ih, const Tensors& weight_hh, const Tensors& bias_ih,
+                    const Tensors& bias_hh, const Tensors& weight_hr, int64_t cell) {
+  return wide_type(weight_hh.at(0)) == ScalarType::Double
+             ? pack<double>(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, cell)
+             : pack<float>(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, cell);
+}
+
+struct PackedSizes { int64_t hidden, outputs, directions; };
+
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor> forward_packed(const Tensor& x, const Tensor& packed,
+                                                  const MaybeTensor& h0, const MaybeTensor& c0,
+                                                  const MaybeTensor& lengths, const MaybeTensor& resets,
+                                                  Cell cell, Activation activation, PackedSizes sizes,
+                                                  bool projected, bool reverse) {
+  const ScalarType dtype = x.scalar_type(), wide_dtype = wide_type(x);
+  Widened<T> wide(wide_dtype);
+  LayerParams<T> p{};
+  const CellInfo info = cell_info(int64_t(cell));
+  p.cell = cell, p.activation = activation;
+  p.directions = sizes.directions, p.hidden = sizes.hidden, p.outputs = sizes.outputs;
+  STD_TORCH_CHECK(p.directions >= 1 && p.directions <= kMaxDirections, "1 or 2 directions are needed");
+  p.steps = x.size(0), p.batch = x.size(1), p.inputs = x.size(2);
+  p.reverse = reverse, p.projected = projected;
+  const Tensor rows = wide.rows(x);
+  p.x = rows.template const_data_ptr<T>();
+  p.x_stride_t = rows.stride(0), p.x_stride_b = rows.stride(1);
+  if (h0.has_value()) RNN_CHECK_SHAPE(*h0, p.directions, p.batch, p.outputs);
+  if (c0.has_value()) RNN_CHECK_SHAPE(*c0, p.directions, p.batch, p.hidden);
+  p.h0 = wide.dense(h0), p.c0 = wide.dense(c0);
+  set_sequences(p, wide, lengths, resets);
+  p.cell_clip = p.proj_clip = std::numeric_limits<T>::infinity();
+
+  STD_TORCH_CHECK(packed.scalar_type() == wide_dtype && packed.is_contiguous(),
+                  "packed weights of another dtype");
+  T header[kHeader];
+  packed_header(p, header);
+  const T* data = packed.template const_data_ptr<T>();
+  STD_TORCH_CHECK(
+      packed.size(0) == kHeader + run_pack<T>(p, nullptr) && std::equal(header, header + kHeader, data),
+      "weights were packed for another layer or instruction set");
+  p.packed = data + kHeader;
+
+  const Tensor y = empty({p.steps, p.batch, p.directions * p.outputs}, wide_dtype);
+  const Tensor h_n = empty({p.directions, p.batch, p.outputs}, wide_dtype);
+  const Tensor c_n =
+      info.memory ? empty({p.directions, p.batch, p.hidden}, wide_dtype) : empty({0}, wide_dtype);
+  p.y = y.template mutable_data_ptr<T>(), p.h_n = h_n.template mutable_data_ptr<T>();
+  if (info.memory) p.c_n = c_n.template mutable_data_ptr<T>();
+  if constexpr (sizeof(T) == sizeof(float))
+    kernels().forward_f32(p, team_size(p, info.gates), run_team);
+  else
+    kernels().forward_f64(p, team_size(p, info.gates), run_team);
+  return {rounded(y, dtype), rounded(h_n, dtype), rounded(c_n, dtype)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_packed(const Tensor& x, const Tensor& packed, const MaybeTensor& h0,
+                                                const MaybeTensor& c0, const MaybeTensor& lengths,
+                                                const MaybeTensor& resets, int64_t cell, int64_t activation,
+                                                int64_t hidden, int64_t outputs, int64_t directions,
+                                                bool projected, bool reverse) {
+  const auto run = wide_type(x) == ScalarType::Double ? forward_packed<double> : forward_packed<float>;
+  return run(x, packed, h0, c0, lengths, resets, Cell(cell), Activation(activation),
+             {hidden, outputs, directions}, projected, reverse);
 }
 
 struct LayerGradient {
@@ -435,8 +568,11 @@ double read_bandwidth(int64_t bytes, double seconds, int64_t threads) {
   const int64_t times = std::max<int64_t>(1, (1 << 22) / count);
   return rate(seconds, threads, [&] {
     thread_local std::vector<float> data;
-    if (int64_t(data.size()) != count) data.assign(count, 1.0f);
-    k.read_loop(data.data(), count, times);
+    constexpr int64_t kLine = 64 / sizeof(float);
+    if (int64_t(data.size()) != count + kLine) data.assign(count + kLine, 1.0f);
+    // From a line on: loads that cross two lines take twice as long.
+    const int64_t past = reinterpret_cast<uintptr_t>(data.data()) / sizeof(float) % kLine;
+    k.read_loop(data.data() + (kLine - past) % kLine, count, times);
     return double(count) * times * sizeof(float);
   });
 }
@@ -449,6 +585,8 @@ STABLE_TORCH_LIBRARY_IMPL(torchrnn, CPU, m) {
   m.impl("layer", TORCH_BOX(&torchrnn::cpu::layer));
   m.impl("layer_infer", TORCH_BOX(&torchrnn::cpu::layer_infer));
   m.impl("layer_backward", TORCH_BOX(&torchrnn::cpu::layer_backward));
+  m.impl("pack", TORCH_BOX(&torchrnn::cpu::pack_weights));
+  m.impl("layer_packed", TORCH_BOX(&torchrnn::cpu::layer_packed));
 }
 
 // Ops without tensors, which belong to this library alone.

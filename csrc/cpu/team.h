@@ -56,8 +56,8 @@ RNN_FN Range share(int64_t count, int64_t id, int64_t parts) {
   return {count * id / parts, count * (id + 1) / parts};
 }
 
-// A range that is walked upwards at even steps and downwards at odd ones: when its data is larger than a cache,
-// what was read last is still there and is read first.
+// A range that is walked upwards at even steps and downwards at odd ones: when its data is larger than a
+// cache, what was read last is still there and is read first.
 struct Sweep {
   Range range;
   bool down;

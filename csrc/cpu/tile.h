@@ -30,9 +30,9 @@ RNN_FN int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 RNN_FN int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 RNN_FN int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// acc[r][c] (+)= sum over k of rows[r][(k0 + k) * kStep] * w[k * w_stride + c*N ...]. Fetches kFetch cache lines
-// per k from `next` on into L1. kStep is a constant because with it the rows share one index register: the
-// additions to one register per row would take slots from the multiply-adds.
+// acc[r][c] (+)= sum over k of rows[r][(k0 + k) * kStep] * w[k * w_stride + c*N ...]. Fetches kFetch cache
+// lines per k from `next` on into L1. kStep is a constant because with it the rows share one index register:
+// the additions to one register per row would take slots from the multiply-adds.
 template <typename T, int R, int C, int kStep, int kFetch>
 __attribute__((noinline)) void fma_tile(const T* const* rows, int64_t k0, const T* w, int64_t w_stride,
                                         int64_t depth, T* acc, int64_t acc_stride, bool accumulate,
