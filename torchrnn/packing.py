@@ -59,7 +59,7 @@ class PackedLayer:
 class PackedWeights:
     """Keeps one layer's packed weights, made when they are needed and again when the weights have changed.
 
-    A weight has changed if it is another tensor, has other memory, or another version (torch counts up at each
+    A weight has changed if it is another tensor, has other memory or another version (torch counts up at each
     in-place operation). What torch does not count is not seen, see ``drop``. Copies and pickles are empty.
     """
 

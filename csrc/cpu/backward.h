@@ -1,7 +1,9 @@
 // The backward scan: step by step the gradients by the gates, each step's recurrent product and cell in one
-// pass as in the forward scan, and after the last step the gradients by the weights and the input as a few
-// large products.
+// pass as in the forward scan; and every few hundred rows, while these are in the cache, the gradients by the
+// weights and the input as large products.
 #pragma once
+
+#include <optional>
 
 #include "cpu/forward.h"
 #include "cpu/outer.h"
@@ -42,9 +44,10 @@ struct Backward {
   struct State {
     Rows rows;
     Matrix recurrent, second, input;
-    T* dgates;   // [T, B, D*H]
-    T* dh;       // [T, B, R], projection only
-    T* aside;    // [T, B, H], GruResetBefore and projection only
+    T* dgates;   // [chunk + 1, B, D*H], of step s at s % (chunk + 1), as the next two
+    T* dh;       // [chunk + 1, B, R], projection only
+    T* aside;    // [chunk + 1, B, H], GruResetBefore and projection only
+    T* dx;       // [T, B, I]; of direction 1 apart, to be added at the end
     T* carry_h;  // [B, R]
     T* carry_c;  // [B, H]
     T* bias;     // [D*H], sums of the gate gradients
@@ -53,6 +56,7 @@ struct Backward {
   const BackwardParams<T>& q;
   const LayerParams<T>& p;
   T* zeros;
+  int64_t chunk;  // steps whose gate gradients are held, until they have gone into the large products
   State state[kMaxDirections];
   Barrier* group_barriers;
   Barrier direction_barriers[kMaxDirections];
@@ -69,6 +73,11 @@ struct Backward {
     return p.tape + (d * p.steps * p.batch + at(t, b)) * C::kTape * p.hidden;
   }
 
+  int64_t slot(int64_t s, int64_t b) const { return s % (chunk + 1) * p.batch + b; }
+  T* dgates(int d, int64_t s, int64_t b) const { return state[d].dgates + slot(s, b) * D * p.hidden; }
+  T* dh(int d, int64_t s, int64_t b) const { return state[d].dh + slot(s, b) * p.outputs; }
+  T* aside(int d, int64_t s, int64_t b) const { return state[d].aside + slot(s, b) * p.hidden; }
+
   // A row's initial state.
   const T* initial(const T* states, int d, int64_t b, int64_t size) const {
     return states == nullptr ? zeros : states + (d * p.batch + b) * size;
@@ -80,6 +89,7 @@ struct Backward {
     const int64_t widest = max64(max64(p.inputs, D * p.hidden), p.outputs);
     zeros = arena.template get<T>(widest);
     for (int64_t k = 0; k < widest; ++k) zeros[k] = T(0);
+    chunk = min64(p.steps, ceil_div(kOuterDepth, max64(p.batch, 1)));
     for (int d = 0; d < p.directions; ++d) prepare(d, arena);
   }
 
@@ -107,9 +117,11 @@ struct Backward {
     if (kTwoHalves) s.second = matrix(w.weight_hh + 2 * H * H, H, 1, H, 0);
     if (p.projected) s.second = matrix(w.weight_hr, H, 1, p.outputs, 0);
     if (q.dx != nullptr) s.input = matrix(w.weight_ih, p.inputs, G, H, 0);
-    s.dgates = arena.template get<T>(rows * D * H);
-    if (p.projected) s.dh = arena.template get<T>(rows * p.outputs);
-    if (has_second()) s.aside = arena.template get<T>(rows * H);
+    const int64_t slots = (chunk + 1) * p.batch;
+    s.dgates = arena.template get<T>(slots * D * H);
+    if (p.projected) s.dh = arena.template get<T>(slots * p.outputs);
+    if (has_second()) s.aside = arena.template get<T>(slots * H);
+    s.dx = q.dx == nullptr || d == 0 ? q.dx : arena.template get<T>(rows * p.inputs);
     s.carry_h = arena.template get<T>(p.batch * p.outputs);
     s.carry_c = arena.template get<T>(p.batch * H);
     s.bias = arena.template get<T>(D * H);
@@ -139,15 +151,28 @@ struct Backward {
       if (has_second()) pack(s.second, slice);
       if (q.dx != nullptr) pack(s.input, slice);
       direction_barriers[d].wait(slice.size());
-      Thread thread(*this, d, slice, group_barriers[id - slice.unit_part]);
-      thread.scan();
-      direction_barriers[d].wait(slice.size());
-      thread.first_states();
-      if (needs_weights()) WeightGradients<T, Backward>{*this, d, slice}.run();
+      scan(d, slice, group_barriers[id - slice.unit_part]);
     }
     if (q.dx == nullptr) return;
-    team_barrier.wait(plan.used());
-    input_gradients(share(p.steps * p.batch, id, plan.used()));
+    if (p.directions == 2) team_barrier.wait(plan.used());
+    finish_dx(share(p.steps * p.batch, id, plan.used()));
+  }
+
+  // One thread's part of one direction: some steps of the scan, then the large products of these steps.
+  void scan(int d, const Slice& slice, Barrier& group) {
+    Thread thread(*this, d, slice, group);
+    std::optional<WeightGradients<T, Backward>> weights;
+    if (needs_weights()) weights.emplace(*this, d, slice);
+    for (int64_t end = p.steps, begin; end > 0; end = begin) {
+      begin = max64(0, end - chunk);
+      thread.scan(begin, end);
+      direction_barriers[d].wait(slice.size());
+      if (weights) weights->add(begin, end);
+      if (q.dx != nullptr) input_gradients(d, slice, begin, end);
+      direction_barriers[d].wait(slice.size());
+    }
+    thread.first_states();
+    if (weights) weights->store_bias();
   }
 
   static void pack(const Matrix& matrix, const Slice& slice) {
@@ -155,29 +180,43 @@ struct Backward {
     matrix.pack(mine.begin, mine.end);
   }
 
-  // dx of some of the T*B rows, over both directions.
-  void input_gradients(Range mine) const {
+  // dx of the steps s in begin..end-1 by one direction, this thread's share of their rows.
+  void input_gradients(int d, const Slice& slice, int64_t begin, int64_t end) const {
+    const State& own = state[d];
     const T* left[kRowBlock];
-    int64_t place[kRowBlock];
+    T* out[kRowBlock];
     Arena memory;
     T* acc = memory.template get<T>(kRowBlock * Matrix::kWidth);
-    for (int64_t row = mine.begin; row < mine.end;) {
+    int64_t s = begin, i = slice.index();
+    while (s < end) {
       int64_t count = 0;
-      for (; row < mine.end && count < kRowBlock; ++row) {
-        if (row / p.batch < state[0].rows.length(row % p.batch))
-          place[count++] = row;
-        else
-          memset(q.dx + row * p.inputs, 0, p.inputs * sizeof(T));
-      }
-      for (int64_t j = 0; j < state[0].input.panels() && count > 0; ++j) {
-        for (int d = 0; d < p.directions; ++d) {
-          for (int64_t i = 0; i < count; ++i)
-            left[i] = state[d].dgates + (place[i] * D + C::kInputGrads) * p.hidden;
-          state[d].input.product(j, min64(j + 1, state[d].input.panels() - 1), count, left, acc, d > 0);
+      while (s < end && count < kRowBlock) {
+        if (i >= own.rows.active[s]) {
+          i -= own.rows.active[s], ++s;  // So that rows are shared evenly even if there is one per step.
+          continue;
         }
+        const int64_t b = own.rows.order[i];
+        left[count] = dgates(d, s, b) + C::kInputGrads * p.hidden;
+        out[count++] = own.dx + at(own.rows.time(b, s, backwards(d)), b) * p.inputs;
+        i += slice.size();
+      }
+      for (int64_t j = 0; j < own.input.panels() && count > 0; ++j) {
+        own.input.product(j, min64(j + 1, own.input.panels() - 1), count, left, acc, false);
         const int64_t n0 = j * Matrix::kWidth, width = min64(Matrix::kWidth, p.inputs - n0);
-        for (int64_t i = 0; i < count; ++i)
-          memcpy(q.dx + place[i] * p.inputs + n0, acc + i * Matrix::kWidth, width * sizeof(T));
+        for (int64_t r = 0; r < count; ++r) memcpy(out[r] + n0, acc + r * Matrix::kWidth, width * sizeof(T));
+      }
+    }
+  }
+
+  // Adds up the directions' dx for some of the T*B rows, and clears those past a row's length.
+  void finish_dx(Range rows) const {
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      T* to = q.dx + row * p.inputs;
+      if (row / p.batch >= state[0].rows.length(row % p.batch)) {
+        memset(to, 0, p.inputs * sizeof(T));
+      } else if (p.directions == 2) {
+        const T* from = state[1].dx + row * p.inputs;
+        for (int64_t k = 0; k < p.inputs; ++k) to[k] += from[k];
       }
     }
   }
@@ -213,8 +252,8 @@ struct Backward {
       acc = memory.template get<T>(kRowBlock * Matrix::kWidth);
     }
 
-    void scan() {
-      for (int64_t s = p.steps - 1; s >= 0; --s) {
+    void scan(int64_t begin, int64_t end) {
+      for (int64_t s = end - 1; s >= begin; --s) {
         const int64_t count = slice.rows(state.rows.active[s]);
         if (state.rows.active[s] == 0) continue;
         place(s, count);
@@ -253,7 +292,7 @@ struct Backward {
     // The gate gradients of step s through which its previous output had an effect, or zeros.
     const T* recurrent_row(int64_t b, int64_t s) const {
       if (s >= state.rows.length(b) || state.rows.cut(b, s, back)) return f.zeros;
-      return state.dgates + f.at(state.rows.time(b, s, back), b) * D * p.hidden;
+      return f.dgates(d, s, b);
     }
 
     // Fills step[] and left[] for step s of the first `count` of this thread's rows.
@@ -272,11 +311,11 @@ struct Backward {
                                : f.initial(p.c0, d, b, p.hidden);
         row.dy = q.dy == nullptr ? nullptr : q.dy + t * q.dy_stride_t + b * q.dy_stride_b + d * p.outputs;
         row.dc_all = q.dc_all == nullptr ? nullptr : q.dc_all + (at * p.directions + d) * p.hidden;
-        row.dgates = state.dgates + at * D * p.hidden;
+        row.dgates = f.dgates(d, s, b);
         row.carry_h = state.carry_h + b * p.outputs;
         row.carry_c = state.carry_c + b * p.hidden;
-        if (p.projected) row.dh = state.dh + at * p.outputs;
-        if (f.has_second()) row.aside = state.aside + at * p.hidden;
+        if (p.projected) row.dh = f.dh(d, s, b);
+        if (f.has_second()) row.aside = f.aside(d, s, b);
       }
     }
 

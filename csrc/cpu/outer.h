@@ -59,24 +59,25 @@ struct ColumnMatrix {
 // Rows summed at a time: their panel of 64 floats (128 KB) stays in L2 while the left side passes by, and the
 // result is read and written once per this many rows.
 constexpr int64_t kOuterDepth = 512;
-constexpr int64_t kOuterTiles = 32;  // tiles of the left side packed at a time
+constexpr int64_t kOuterTiles = 128;  // tiles of the left side packed at a time, 1.5 MB
 
-// Memory of outer_sum for sums of at most `capacity` rows: as little as will do, since fresh pages cost more
-// than a short sum.
+// Memory of outer_sum for sums of at most `capacity` rows with up to `columns` of the left side: as little as
+// will do, since fresh pages cost more than a short sum.
 template <typename T>
 struct OuterMemory {
   static constexpr int R = tile_rows(4), kWidth = 4 * kLanes<T>;
 
-  int64_t capacity;
+  int64_t capacity, columns;
   // Distance of two packed tiles of the left side: not a multiple of 4 KB, else all would fall into one set
   // of L1.
   int64_t left_stride = capacity * R + 64 / sizeof(T);
+  int64_t tiles = min64(kOuterTiles, ceil_div(columns, R));
   T* data = nullptr;
 
-  int64_t size() const { return kOuterTiles * left_stride + (capacity + R) * kWidth; }
-  T* left() const { return data; }                               // [tile][k][R]
-  T* right() const { return data + kOuterTiles * left_stride; }  // [k][kWidth]
-  T* sums() const { return right() + capacity * kWidth; }        // [R][kWidth]
+  int64_t size() const { return tiles * left_stride + (capacity + R) * kWidth; }
+  T* left() const { return data; }                         // [tile][k][R]
+  T* right() const { return data + tiles * left_stride; }  // [k][kWidth]
+  T* sums() const { return right() + capacity * kWidth; }  // [R][kWidth]
 };
 
 // out[m][n] (+)= sum over k of left[k][m] * right[k][n], for m in `range`, n in 0..columns-1, k in
@@ -86,8 +87,8 @@ void outer_sum(int64_t depth, const T* const* left, int64_t left_offset, const T
                int64_t columns, T* out, bool accumulate, const OuterMemory<T>& memory) {
   constexpr int R = OuterMemory<T>::R, kWidth = OuterMemory<T>::kWidth;
   T *left_pack = memory.left(), *right_pack = memory.right(), *acc = memory.sums();
-  for (int64_t m0 = range.begin; m0 < range.end; m0 += kOuterTiles * R) {
-    const int64_t rows = min64(kOuterTiles * R, range.end - m0);
+  for (int64_t m0 = range.begin; m0 < range.end; m0 += memory.tiles * R) {
+    const int64_t rows = min64(memory.tiles * R, range.end - m0);
     for (int64_t k = 0; k < depth; ++k) {
       const T* src = left[k] + left_offset + m0;
       T* dst = left_pack + k * R;
@@ -97,9 +98,14 @@ void outer_sum(int64_t depth, const T* const* left, int64_t left_offset, const T
     }
     for (int64_t n0 = 0; n0 < columns; n0 += kWidth) {
       const int64_t width = min64(kWidth, columns - n0);
-      for (int64_t k = 0; k < depth; ++k) {
-        memcpy(right_pack + k * kWidth, right[k] + n0, width * sizeof(T));
-        if (width < kWidth) memset(right_pack + k * kWidth + width, 0, (kWidth - width) * sizeof(T));
+      if (width == kWidth) {
+        for (int64_t k = 0; k < depth; ++k)
+          memcpy(right_pack + k * kWidth, right[k] + n0, kWidth * sizeof(T));
+      } else {
+        for (int64_t k = 0; k < depth; ++k) {
+          memcpy(right_pack + k * kWidth, right[k] + n0, width * sizeof(T));
+          memset(right_pack + k * kWidth + width, 0, (kWidth - width) * sizeof(T));
+        }
       }
       for (int64_t m = 0; m < rows; m += R) {
         const int64_t height = min64(R, rows - m);

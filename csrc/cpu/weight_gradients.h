@@ -7,17 +7,9 @@
 namespace torchrnn {
 inline namespace RNN_ISA {
 
-// One thread's part of one direction of `B`, a Backward whose scan is done.
+// One thread's part of one direction of `B`, a Backward, some steps at a time.
 template <typename T, typename B>
 struct WeightGradients {
-  B& f;
-  const int d;
-  const Slice slice;
-  const BackwardParams<T>& q = f.q;
-  const LayerParams<T>& p = f.p;
-  const typename B::State& state = f.state[d];
-  const bool back = f.backwards(d);
-
   // Left and right rows of the weight gradients, of kOuterDepth row-steps at a time.
   struct Block {
     int64_t count;
@@ -25,42 +17,62 @@ struct WeightGradients {
         *aside[kOuterDepth];
   };
 
-  void run() {
-    Arena arena;
-    OuterMemory<T> memory{min64(kOuterDepth, p.steps * p.batch)};
+  B& f;
+  const int d;
+  const Slice slice;
+  const BackwardParams<T>& q;
+  const LayerParams<T>& p;
+  const typename B::State& state;
+  const bool back;
+  Arena arena;
+  OuterMemory<T> memory;
+  Block& block;
+  bool accumulate = false;
+
+  WeightGradients(B& backward, int direction, const Slice& slice_)
+      : f(backward),
+        d(direction),
+        slice(slice_),
+        q(backward.q),
+        p(backward.p),
+        state(backward.state[direction]),
+        back(backward.backwards(direction)),
+        memory{min64(kOuterDepth, p.steps * p.batch), ceil_div(B::G * p.hidden, slice.size())},
+        block(*arena.template get<Block>(1)) {
     memory.data = arena.template get<T>(memory.size());
-    Block& block = *arena.template get<Block>(1);
-    bool first_block = true;
-    int64_t s = 0, i = 0;
-    while (s < p.steps || first_block) {
+  }
+
+  // Adds the steps s in begin..end-1.
+  void add(int64_t begin, int64_t end) {
+    int64_t s = begin, i = 0;
+    while (s < end || !accumulate) {  // Without any rows the sums are still to be set to zero.
       block.count = 0;
-      while (s < p.steps && block.count < kOuterDepth) {
+      while (s < end && block.count < kOuterDepth) {
         if (i == state.rows.active[s]) {
           i = 0, ++s;
           continue;
         }
-        add_row(block, state.rows.order[i++], s);
+        add_row(state.rows.order[i++], s);
       }
-      outer_sums(block, !first_block, memory);
+      if (block.count == 0 && accumulate) return;
+      outer_sums(block, memory);
       bias_sums(block);
-      first_block = false;
+      accumulate = true;
     }
-    f.direction_barriers[d].wait(slice.size());
-    store_bias();
   }
 
-  void add_row(Block& block, int64_t b, int64_t s) const {
-    const int64_t t = state.rows.time(b, s, back), at = f.at(t, b), k = block.count++;
-    block.dgates[k] = state.dgates + at * B::D * p.hidden;
+  void add_row(int64_t b, int64_t s) {
+    const int64_t t = state.rows.time(b, s, back), k = block.count++;
+    block.dgates[k] = f.dgates(d, s, b);
     block.x[k] = p.x + t * p.x_stride_t + b * p.x_stride_b;
     block.h_prev[k] = state.rows.cut(b, s, back) ? f.zeros
                       : s > 0                    ? f.y(d, state.rows.time(b, s - 1, back), b)
                                                  : f.initial(p.h0, d, b, p.outputs);
-    if (p.projected) block.dh[k] = state.dh + at * p.outputs;
-    if (f.has_second()) block.aside[k] = state.aside + at * p.hidden;
+    if (p.projected) block.dh[k] = f.dh(d, s, b);
+    if (f.has_second()) block.aside[k] = f.aside(d, s, b);
   }
 
-  void outer_sums(const Block& block, bool accumulate, const OuterMemory<T>& memory) const {
+  void outer_sums(const Block& block, const OuterMemory<T>& memory) const {
     const int64_t H = p.hidden;
     const auto& dw = q.dweights[d];
     // Rows [offset, offset + count) of the left side against the right side.
