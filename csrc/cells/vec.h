@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "cells/math.h"
 
@@ -135,6 +136,25 @@ struct Vec {
     }
   }
 };
+
+// Swaps the lanes with the bit `half` of the low vector with those without it of the high one.
+template <int half, typename T, int N, size_t... lane>
+RNN_FN void swap_halves(Vec<T, N>& low, Vec<T, N>& high, std::index_sequence<lane...>) {
+  const auto a = low.v, b = high.v;
+  low.v = __builtin_shufflevector(a, b, ((lane & half) != 0 ? N + lane - half : lane)...);
+  high.v = __builtin_shufflevector(a, b, ((lane & half) != 0 ? N + lane : lane + half)...);
+}
+
+// block[i][j] = block[j][i]: each round exchanges one bit of the two indices.
+template <int half = 1, typename T, int N>
+RNN_FN void transpose(Vec<T, N> (&block)[N]) {
+  if constexpr (half < N) {
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i)
+      if ((i & half) == 0) swap_halves<half>(block[i], block[i + half], std::make_index_sequence<N>());
+    transpose<2 * half>(block);
+  }
+}
 
 // The smaller, the larger of x and bound; a NaN x stays one. GCC makes two instructions of the comparison.
 template <typename T, int N>

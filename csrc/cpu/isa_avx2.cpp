@@ -15,6 +15,7 @@
 #include <cstring>
 #include <new>
 #include <optional>
+#include <utility>
 
 #include "cpu/kernels.h"
 

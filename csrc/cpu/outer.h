@@ -28,14 +28,21 @@ struct ColumnMatrix {
     return weight + (q * block_rows + k % block_rows) * stride;
   }
 
+  // The first n of kWidth values, and zeros; all of them with a copy of known size, which needs no call.
+  static void copy_row(T* to, const T* from, int64_t n) {
+    if (n == kWidth) {
+      memcpy(to, from, kWidth * sizeof(T));
+    } else {
+      memcpy(to, from, n * sizeof(T));
+      memset(to + n, 0, (kWidth - n) * sizeof(T));
+    }
+  }
+
   void pack(int64_t begin, int64_t end) const {
     for (int64_t j = max64(begin, first_packed); j < end; ++j) {
       T* dst = packed + (j - first_packed) * depth() * kWidth;
       const int64_t n = min64(kWidth, columns - j * kWidth);
-      for (int64_t k = 0; k < depth(); ++k, dst += kWidth) {
-        memcpy(dst, row(k) + j * kWidth, n * sizeof(T));
-        memset(dst + n, 0, (kWidth - n) * sizeof(T));
-      }
+      for (int64_t k = 0; k < depth(); ++k, dst += kWidth) copy_row(dst, row(k) + j * kWidth, n);
     }
   }
 
@@ -80,6 +87,26 @@ struct OuterMemory {
   T* sums() const { return right() + capacity * kWidth; }  // [R][kWidth]
 };
 
+// Packs columns offset..offset+rows-1 of the left side, a few tiles at a time: more would be more pages than
+// the processor can write to without looking them up anew.
+template <typename T>
+void pack_left(int64_t depth, const T* const* left, int64_t offset, int64_t rows,
+               const OuterMemory<T>& memory) {
+  constexpr int R = OuterMemory<T>::R;
+  constexpr int64_t kTiles = 8;
+  for (int64_t m0 = 0; m0 < rows; m0 += kTiles * R) {
+    const int64_t m1 = min64(rows, m0 + kTiles * R);
+    T* tiles = memory.left() + m0 / R * memory.left_stride;
+    for (int64_t k = 0; k < depth; ++k) {
+      const T* src = left[k] + offset;
+      T* dst = tiles + k * R;
+      int64_t m = m0;
+      for (; m + R <= m1; m += R, dst += memory.left_stride) memcpy(dst, src + m, R * sizeof(T));
+      if (m < m1) memcpy(dst, src + m, (m1 - m) * sizeof(T));
+    }
+  }
+}
+
 // out[m][n] (+)= sum over k of left[k][m] * right[k][n], for m in `range`, n in 0..columns-1, k in
 // 0..depth-1.
 template <typename T>
@@ -89,24 +116,11 @@ void outer_sum(int64_t depth, const T* const* left, int64_t left_offset, const T
   T *left_pack = memory.left(), *right_pack = memory.right(), *acc = memory.sums();
   for (int64_t m0 = range.begin; m0 < range.end; m0 += memory.tiles * R) {
     const int64_t rows = min64(memory.tiles * R, range.end - m0);
-    for (int64_t k = 0; k < depth; ++k) {
-      const T* src = left[k] + left_offset + m0;
-      T* dst = left_pack + k * R;
-      int64_t m = 0;
-      for (; m + R <= rows; m += R, dst += memory.left_stride) memcpy(dst, src + m, R * sizeof(T));
-      if (m < rows) memcpy(dst, src + m, (rows - m) * sizeof(T));
-    }
+    pack_left(depth, left, left_offset + m0, rows, memory);
     for (int64_t n0 = 0; n0 < columns; n0 += kWidth) {
       const int64_t width = min64(kWidth, columns - n0);
-      if (width == kWidth) {
-        for (int64_t k = 0; k < depth; ++k)
-          memcpy(right_pack + k * kWidth, right[k] + n0, kWidth * sizeof(T));
-      } else {
-        for (int64_t k = 0; k < depth; ++k) {
-          memcpy(right_pack + k * kWidth, right[k] + n0, width * sizeof(T));
-          memset(right_pack + k * kWidth + width, 0, (kWidth - width) * sizeof(T));
-        }
-      }
+      for (int64_t k = 0; k < depth; ++k)
+        ColumnMatrix<T>::copy_row(right_pack + k * kWidth, right[k] + n0, width);
       for (int64_t m = 0; m < rows; m += R) {
         const int64_t height = min64(R, rows - m);
         const T* tile[R];

@@ -153,15 +153,20 @@ void panel_product(int64_t count, const T* const* rows, const T* panel, int64_t 
   }
 }
 
-// dst[k][n] = columns[n][k]: packs weights whose rows are the columns of a panel. Blocks of 16 k keep the
-// lines being written in L1.
+// dst[k][n] = columns[n][k]: packs weights whose rows are the columns of a panel, in square blocks of a
+// vector of vectors. width is a multiple of the vector.
 template <typename T>
 void pack_transposed(const T* const* columns, int64_t width, int64_t depth, T* dst) {
-  for (int64_t k0 = 0; k0 < depth; k0 += 16) {
-    const int64_t k1 = min64(k0 + 16, depth);
-    for (int64_t n = 0; n < width; ++n)
-      for (int64_t k = k0; k < k1; ++k) dst[k * width + n] = columns[n][k];
-  }
+  using V = VecOf<T>;
+  constexpr int N = V::kSize;
+  for (int64_t n = 0; n < width; n += N)
+    for (int64_t k = 0; k < depth; k += N) {
+      const int64_t m = min64(N, depth - k);
+      V block[N];
+      for (int i = 0; i < N; ++i) block[i] = V::load(columns[n + i] + k, m);
+      transpose(block);
+      for (int64_t i = 0; i < m; ++i) block[i].store(dst + (k + i) * width + n);
+    }
 }
 
 // acc[r][n] = rows[r] . columns[n] without packing, for so few rows that packing would cost more than it
