@@ -55,7 +55,7 @@ def arguments(
 
 def flat(a: Arguments, options: Options) -> tuple[Any, ...]:
     """Returns the positional arguments of the ops up to all_states."""
-    return (*a, *ops._scalars(options))
+    return (*a, *ops.scalars(options))
 
 
 def loss(outputs: tuple[Tensor, ...]) -> Tensor:
@@ -67,7 +67,7 @@ def loss(outputs: tuple[Tensor, ...]) -> Tensor:
 def results(a: Arguments, options: Options, layer: Any) -> tuple[Tensor, ...]:
     """Returns all outputs and all gradients."""
     outputs = layer(a, options, True)
-    return (*outputs, *torch.autograd.grad(loss(outputs), ops._variables(a)))
+    return (*outputs, *torch.autograd.grad(loss(outputs), ops.differentiable(a)))
 
 
 def cases() -> list[Any]:
@@ -119,23 +119,23 @@ def test_gradients_are_right_to_second_order(
     options = Options(cell, reverse=reverse)
 
     def layer(*values: Tensor) -> tuple[Tensor, ...]:
-        outputs = ops.layer(ops._rebuild(a, values), options, True)
+        outputs = ops.layer(ops.rebuild(a, values), options, True)
         return tuple(out for out in outputs if out.numel())
 
-    assert torch.autograd.gradcheck(layer, ops._variables(a), fast_mode=True)
-    assert torch.autograd.gradgradcheck(layer, ops._variables(a), fast_mode=True)
+    assert torch.autograd.gradcheck(layer, ops.differentiable(a), fast_mode=True)
+    assert torch.autograd.gradgradcheck(layer, ops.differentiable(a), fast_mode=True)
 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_gradient_of_each_input_is_right(path: str, cell: str) -> None:
     # All at once, as above, a fast check could let two errors cancel; and each alone takes other branches.
     a = arguments(cell, (2, 2, 3, 4), 2)
-    variables = ops._variables(a)
+    variables = ops.differentiable(a)
     for i, variable in enumerate(variables):
         constant = [v.detach() for v in variables]
 
         def layer(value: Tensor, i: int = i, constant: list[Tensor] = constant) -> tuple[Tensor, ...]:
-            outputs = ops.layer(ops._rebuild(a, [*constant[:i], value, *constant[i + 1 :]]), Options(cell))
+            outputs = ops.layer(ops.rebuild(a, [*constant[:i], value, *constant[i + 1 :]]), Options(cell))
             return tuple(out for out in outputs if out is not None and out.requires_grad)
 
         assert torch.autograd.gradcheck(layer, [variable]), f"variable {i}"
@@ -270,7 +270,7 @@ def test_any_strides_give_the_same_numbers(path: str, cell: str) -> None:
         wide[..., 0] = t.detach()
         return wide[..., 0].requires_grad_()
 
-    b = ops._rebuild(a, [strided(v) for v in ops._variables(a)])
+    b = ops.rebuild(a, [strided(v) for v in ops.differentiable(a)])
     assert all(map(same, expected, results(b, Options(cell), ops.layer)))
     turned = a._replace(x=a.x.detach().permute(1, 2, 0).contiguous().permute(2, 0, 1).requires_grad_())
     assert all(map(same, expected, results(turned, Options(cell), ops.layer)))
@@ -379,7 +379,7 @@ def test_no_rows_give_empty_results_and_zero_gradients(path: str) -> None:
     assert y.shape == (4, 0, 14)
     assert h_n.shape == c_n.shape == (2, 0, 7)
     for gradient, variable in zip(
-        torch.autograd.grad(y.sum(), ops._variables(a)), ops._variables(a), strict=True
+        torch.autograd.grad(y.sum(), ops.differentiable(a)), ops.differentiable(a), strict=True
     ):
         assert gradient.shape == variable.shape
         assert not gradient.any()

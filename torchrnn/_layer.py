@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from torchrnn import _dynamo, ops
+from torchrnn import _dynamo, ops, recompute
 from torchrnn.options import Options
 from torchrnn.packing import drop_packed_weights, packed_weights
 from torchrnn.reference import Arguments
@@ -85,6 +85,18 @@ class Layer(nn.RNNBase):
     The weights are read by name at every call, so replaced, reparametrized and computed ones are always seen
     (``functional_call``, ``parametrize``, ``weight_norm``, weight drop); ``_flat_weights`` is read likewise.
     """
+
+    recompute: bool = False  # On the class: pickles of torch.nn layers do not have it.
+
+    def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
+        if not isinstance(recompute, bool):
+            raise TypeError(f"recompute should be a bool, got: {type(recompute).__name__}")
+        self.recompute = recompute
+        super().__init__(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """Returns the arguments that differ from their defaults."""
+        return super().extra_repr() + (", recompute=True" if self.recompute else "")
 
     @property
     def _flat_weights(self) -> list[Any]:
@@ -254,7 +266,10 @@ class Layer(nn.RNNBase):
             w_hr = rest[-1] if self.proj_size > 0 else []
             a = Arguments(x, w_ih, w_hh, b_ih, b_hh, w_hr, [], [], [], h0, c0, lengths, resets)
             try:
-                x, _, h_n, c_n = ops.layer(a, options, packed=packed_weights(self, layer))
+                if self.recompute:
+                    x, _, h_n, c_n = recompute.layer(a, options, packed=packed_weights(self, layer))
+                else:
+                    x, _, h_n, c_n = ops.layer(a, options, packed=packed_weights(self, layer))
             except ValueError:
                 problem = _torch_problem(a)
                 if problem is None:

@@ -94,11 +94,11 @@ def layer(
             return y, None, h_n, c_n
     if not isinstance(a.x, Tensor):
         raise TypeError(f"{options.cell}: x must be a tensor, got {type(a.x).__name__}")
-    a = _autocast(a)
+    a = autocast(a)
     check(a, options)
     if a.lengths is not None and a.lengths.device != a.x.device:
         a = a._replace(lengths=a.lengths.to(a.x.device))
-    if _reference_only(a, options):
+    if reference_only(a, options):
         y, c_all, h_n, c_n = reference.layer(a, options, all_states)
         return y, c_all if all_states else None, h_n, c_n
     if packed is not None:
@@ -106,8 +106,8 @@ def layer(
         if made is not None:
             y, h_n, c_n = layer_packed(made, a.x, a.h0, a.c0, lengths=a.lengths, resets=a.resets)
             return y, None, h_n, c_n
-    flat = (*a, *_scalars(options), all_states)
-    if torch.is_grad_enabled() and _requires_grad(a):
+    flat = (*a, *scalars(options), all_states)
+    if torch.is_grad_enabled() and requires_grad(a):
         y, c_all, h_n, c_n, _ = torch.ops.torchrnn.layer(*flat)
     else:
         y, c_all, h_n, c_n = torch.ops.torchrnn.layer_infer(*flat)
@@ -137,7 +137,7 @@ def layer_packed(
     return _LAYER_PACKED(x, packed.data, h0, c0, lengths, resets, *packed.scalars)  # type: ignore[no-any-return]
 
 
-def _scalars(options: Options) -> tuple[Any, ...]:
+def scalars(options: Options) -> tuple[Any, ...]:
     """Returns the options as the schemas have them; ``_unflatten`` undoes it."""
     return (
         CELLS[options.cell].code,
@@ -149,7 +149,7 @@ def _scalars(options: Options) -> tuple[Any, ...]:
     )
 
 
-def _reference_only(a: Arguments, options: Options) -> bool:
+def reference_only(a: Arguments, options: Options) -> bool:
     """Whether no kernel serves the call: an unserved variation, or a transform that the ops do not know."""
     return bool(
         a.peephole
@@ -165,7 +165,8 @@ def _reference_only(a: Arguments, options: Options) -> bool:
     )
 
 
-def _requires_grad(a: Arguments) -> bool:
+def requires_grad(a: Arguments) -> bool:
+    """Returns whether any of the tensors requires a gradient."""
     for value in a:
         if value is None:
             continue
@@ -177,7 +178,7 @@ def _requires_grad(a: Arguments) -> bool:
     return False
 
 
-def _autocast(a: Arguments) -> Arguments:
+def autocast(a: Arguments) -> Arguments:
     """Brings the floating tensors to autocast's dtype, if autocast is on; float64 stays as it is."""
     device = a.x.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
@@ -225,8 +226,8 @@ def _layer_backward_reference(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[
     excluded = torch._C._dispatch_tls_local_exclude_set()
     excluded = excluded.remove(torch._C.DispatchKey.AutogradFunctionality)
     with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
-        variables = [tensor.detach().requires_grad_() for tensor in _variables(a)]
-        outputs = reference.layer(_rebuild(a, variables), options, douts[1] is not None)
+        variables = [tensor.detach().requires_grad_() for tensor in differentiable(a)]
+        outputs = reference.layer(rebuild(a, variables), options, douts[1] is not None)
         pairs = [
             (out, d) for out, d in zip(outputs, douts, strict=True) if d is not None and out.requires_grad
         ]
@@ -236,7 +237,7 @@ def _layer_backward_reference(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[
                 [out for out, _ in pairs], variables, [d for _, d in pairs], allow_unused=True
             )
     zeros = zip(found, variables, strict=True)
-    grads = _rebuild(a, [torch.zeros_like(v) if grad is None else grad for grad, v in zeros])
+    grads = rebuild(a, [torch.zeros_like(v) if grad is None else grad for grad, v in zeros])
     return (
         grads.x if need_dx else a.x.new_empty(0),
         grads.h0 if need_dstate and grads.h0 is not None else a.x.new_empty(0),
@@ -245,14 +246,14 @@ def _layer_backward_reference(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[
     )
 
 
-def _variables(a: Arguments) -> list[Tensor]:
+def differentiable(a: Arguments) -> list[Tensor]:
     """Returns the tensors that have a gradient."""
     states = [state for state in (a.h0, a.c0) if state is not None]
     return [a.x, *(tensor for tensors in a.lists for tensor in tensors), *states]
 
 
-def _rebuild(a: Arguments, values: Sequence[Any]) -> Arguments:
-    """Puts values into the places of the tensors that ``_variables`` returns."""
+def rebuild(a: Arguments, values: Sequence[Any]) -> Arguments:
+    """Puts values into the places of the tensors that ``differentiable`` returns."""
     it = iter(values)
     x = next(it)
     lists = [[next(it) for _ in tensors] for tensors in a.lists]
@@ -387,9 +388,9 @@ def _second_gradient(ctx: Any, ddx: Any, ddh0: Any, ddc0: Any, *ddweights: Any) 
     saved = _nest(ctx.saved_tensors, ctx.layout)
     a, options = _unflatten((*saved[4 : 4 + _TENSOR_COUNT], *ctx.rest))
     with torch.enable_grad():
-        variables = [_point(v) for v in _variables(a)]
+        variables = [_point(v) for v in differentiable(a)]
         douts = [None if d is None else _point(d) for d in saved[:4]]
-        outputs = reference.layer(_rebuild(a, variables), options, douts[1] is not None)
+        outputs = reference.layer(rebuild(a, variables), options, douts[1] is not None)
         pairs = [(out, d) for out, d in zip(outputs, douts, strict=True) if d is not None]
         grads = torch.autograd.grad(
             [out for out, _ in pairs],

@@ -8,6 +8,7 @@
 // Before the target is set: what these declare is shared with other files and must stay baseline code.
 #include <immintrin.h>
 #include <sched.h>
+#include <unistd.h>
 
 #include <cmath>
 #include <cstdint>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <sched.h>
+#include <unistd.h>
 
 #ifdef __SSE2__
 #include <immintrin.h>
@@ -85,6 +86,15 @@ struct Slice {
   Range units(int64_t panels) const { return share(panels, unit_part, unit_parts); }
 };
 
+// The size of a core's own cache; 1 MB where the system does not tell.
+inline int64_t l2_bytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return 1 << 20;
+}
+
 // How a team of `size` shares `directions` directions: whole directions first, since they do not wait for
 // each other, then rows or units.
 struct Plan {
@@ -98,12 +108,13 @@ struct Plan {
     int64_t best = INT64_MAX;
     for (int parts = 1; parts <= team; ++parts) {
       if (team % parts != 0) continue;
-      // Up to four rows cost no more than one: reading the weights is the work then.
-      const int64_t rows = max64(ceil_div(batch, parts), 4), columns = ceil_div(panels, team / parts);
-      // A thread that shares rows with nobody needs no barrier, but its cache must hold all the weights, or
-      // its rows must be enough to pay for reading them.
-      const bool cached = weight_bytes / (team / parts) <= 512 * 1024 || rows >= 24;
-      const int64_t cost = rows * columns * 16 + (cached ? 0 : 4 * columns) + (parts == team ? 0 : 4);
+      // Up to so many rows cost no more than one, since reading the weights is the work then: from L2, or
+      // from what is behind it.
+      const bool cached = weight_bytes / (team / parts) <= l2_bytes() / 2;
+      const int64_t rows = ceil_div(batch, parts), columns = ceil_div(panels, team / parts);
+      // Threads that share rows wait for each other, and for each other's outputs to come over.
+      const int64_t sharing = parts == team ? 0 : 4 + rows * panels;
+      const int64_t cost = max64(rows, cached ? 4 : 10) * columns * 16 + sharing;
       if (cost < best) best = cost, row_parts = parts, unit_parts = team / parts;
     }
   }
