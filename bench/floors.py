@@ -63,6 +63,13 @@ class Floors:
         return size / level.bandwidth / 1e9
 
 
+def multiply_add_rate(threads: int) -> float:
+    """Returns the machine's float32 GFLOP/s within a window, also when weaker kernels are measured."""
+    isa = ISAS.index(torchrnn.info()["isas"][-1])
+    rate: float = torch.ops.torchrnn.fma_peak(isa, WINDOW, threads)
+    return rate
+
+
 def measure(threads: int, seconds: float = 0.3, most: int = MOST_READ) -> Floors:
     """Measures for ``seconds`` per rate, with the kernels' own loops if they are there.
 
@@ -70,8 +77,8 @@ def measure(threads: int, seconds: float = 0.3, most: int = MOST_READ) -> Floors
     """
     if torchrnn.info()["why_not"] is not None:
         return Floors(highest(matmul_gflops, seconds), "torch.mm", [])
-    isa = torchrnn.info()["isas"][-1]  # The machine's peak, also when weaker kernels are measured.
-    gflops = highest(lambda: torch.ops.torchrnn.fma_peak(ISAS.index(isa), WINDOW, threads), seconds)
+    isa = torchrnn.info()["isas"][-1]
+    gflops = highest(partial(multiply_add_rate, threads), seconds)
     levels: list[Level] = []
     for name, size, shared in cache_sizes():
         total = min(most, read_size(size, shared, levels, threads))

@@ -37,12 +37,13 @@ class Row:
     peers: dict[str, Stats]
     ratios: dict[str, float]  # Peer's median / our median: above 1 we are faster.
     gflops: float
-    peak_fraction: float  # Of the measured peak of multiply-adds.
+    peak_fraction: float  # Of the measured peak of multiply-adds, see ``peak``.
     floor: float  # Milliseconds, see Floors.
     floor_fraction: float  # Floor / our median.
     errors: dict[str, float]  # Against float64, ours and the peers'.
     suite: str = ""  # Older files lack this and what follows.
     case: dict[str, Any] = field(default_factory=dict)  # The fields of Case.
+    peak: float | None = None  # GFLOP/s, measured in turns with the layers; None is that of the run's floors.
 
     @property
     def group(self) -> str:
