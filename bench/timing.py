@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-SAMPLE_SECONDS = 5e-4  # Shorter calls are timed several at once, else the clock and its noise count too much.
+# Shorter calls are timed several at once: else the clock counts too much, and what others left in the cache.
+SAMPLE_SECONDS = 3e-3
 # A library's idle threads spin for milliseconds (libgomp: 300 000 pauses, 14 ms on Intel) on the cores that
 # the threads of the next one need.
 PAUSE = 2e-2

@@ -101,15 +101,33 @@ struct Vec {
       use(n);
   }
 
+  // The first n values in units of 4 bytes, as the mask of AVX-512's moves.
+  RNN_FN static uint16_t mask(int64_t n) { return uint16_t((1u << (n * (sizeof(T) / 4))) - 1); }
+
   // The first n values only, 0 <= n <= N; the rest reads as 0 and is not written.
   RNN_FN static Vec load(const T* p, int64_t n) {
     if (__builtin_expect(n == N, 1)) return load(p);
+#ifdef __x86_64__
+    if constexpr (N * sizeof(T) == 64) {
+      Raw masked;
+      asm("vmovups %1, %0%{%2%}%{z%}"
+          : "=v"(masked)
+          : "m"(*reinterpret_cast<const Unaligned*>(p)), "Yk"(mask(n)));
+      return of(masked);
+    }
+#endif
     Raw raw{};
     copy_part(&raw, p, n * sizeof(T));
     return of(raw);
   }
   RNN_FN void store(T* p, int64_t n) const {
     if (__builtin_expect(n == N, 1)) return store(p);
+#ifdef __x86_64__
+    if constexpr (N * sizeof(T) == 64) {
+      asm("vmovups %1, %0%{%2%}" : "+m"(*reinterpret_cast<Unaligned*>(p)) : "v"(v), "Yk"(mask(n)));
+      return;
+    }
+#endif
     const Raw raw = v;
     copy_part(p, &raw, n * sizeof(T));
   }

@@ -129,17 +129,18 @@ void panel_product(int64_t count, const T* const* rows, const T* panel, int64_t 
   constexpr int64_t kWidth = C * kLanes<T>;
   const int64_t tiles = ceil_div(count, tile_rows(C)), height = count / tiles, higher = count % tiles;
   const int64_t block = tiles == 1 ? kDepthBlockOfOneTile : kDepthBlock;
+  // A block has C lines per k (fewer with shorter vectors), which the first tiles fetch among them.
+  const int64_t fetching = tiles == 1 ? 0 : tiles >= C ? C : (C + 1) / 2;
   for (int64_t k0 = 0; k0 < depth || k0 == 0; k0 += block) {
     const int64_t k = min64(block, depth - k0);
     const T* w = panel + k0 * kWidth;
     const bool add = accumulate || k0 > 0;
-    // A block has C lines per k (fewer with shorter vectors); the first tiles share their fetching.
     const char* fetch = reinterpret_cast<const char*>(k0 + k < depth ? w + k * kWidth : next);
     const T* const* left = rows;
     T* out = acc;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t r = height + (tile < higher);
-      if (tiles == 1 || tile >= C) {
+      if (tile >= fetching) {
         fma_tile_rows<T, C>(r, left, k0, w, kWidth, k, out, kWidth, add);
       } else if (tiles >= C) {
         fma_tile_rows<T, C, 1, 1>(r, left, k0, w, kWidth, k, out, kWidth, add, fetch);
