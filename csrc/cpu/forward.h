@@ -32,7 +32,7 @@ constexpr int64_t kPackFrom = 24;
 template <typename T>
 struct StepRow {
   const T* c_prev;  // [H]
-  T* wx;            // [G*H], W x + b; in training the head of the row's tape
+  T* wx;            // [G*H], W x + b, in training the head of the row's tape; or b, if W x is in the product
   T* h;             // [H], the cell's output
   T* y;             // [R], the layer's output: h itself if there is no projection
   T* c;             // [H]
@@ -156,6 +156,7 @@ struct Forward {
     const T** left;      // [max(mine, kRowBlock)], rows of a product
     const T** inputs;    // [mine], rows of x
     const bool fused;    // each panel's input projection is made just before its recurrent product
+    const bool added;    // and that is added to it at once
     T* acc;              // [kRowBlock, panel width]
     Arena memory;
 
@@ -169,7 +170,8 @@ struct Forward {
           barrier(barrier_),
           back(forward.backwards(direction)),
           mine(slice_.rows(forward.p.batch)),
-          fused(forward.state[direction].chunk == 1 && int(Input::kUnits) == int(Recurrent::kUnits)) {
+          fused(forward.state[direction].chunk == 1 && int(Input::kUnits) == int(Recurrent::kUnits)),
+          added(fused && C::kHiddenBias < 0 && weights.input.packed != nullptr) {
       step = memory.template get<StepRow<T>>(mine);
       left = memory.template get<const T*>(max64(mine, kRowBlock));
       inputs = memory.template get<const T*>(mine);
@@ -271,8 +273,8 @@ struct Forward {
         inputs[i] = p.x + t * p.x_stride_t + b * p.x_stride_b;
         row.y = f.y(d, t, b);
         row.h = p.projected ? state.cell_out + b * p.hidden : row.y;
-        row.wx = wx_row(s, b);
-        row.tape = p.tape == nullptr ? nullptr : row.wx;
+        row.wx = added ? weights.bias_x : wx_row(s, b);
+        row.tape = p.tape == nullptr ? nullptr : wx_row(s, b);
         if (C::kMemory < 0) continue;
         row.c = p.c_n + (d * p.batch + b) * p.hidden;
         row.c_prev = state.rows.cut(b, s, back) ? state.zeros : row.c;
@@ -287,8 +289,11 @@ struct Forward {
       for (int64_t n = 0; n < panels.size(); ++n)
         for (int64_t i0 = 0; i0 < count; i0 += kRowBlock) {
           const int64_t j = panels[n], block = min64(kRowBlock, count - i0);
-          if (fused) project_panel(j, j, block, inputs + i0, [&](int64_t r) { return step[i0 + r].wx; });
-          matrix.product(j, i0 + block < count ? j : panels[n + 1], block, left + i0, acc);
+          if (added)
+            weights.input.product(j, j, block, inputs + i0, acc);
+          else if (fused)
+            project_panel(j, j, block, inputs + i0, [&](int64_t r) { return step[i0 + r].wx; });
+          matrix.product(j, i0 + block < count ? j : panels[n + 1], block, left + i0, acc, added);
           for (int v = 0; v < U; ++v) {
             const int64_t unit = j * Recurrent::kUnits + v * N;
             V::with_lanes(p.hidden - unit, [&](auto m) {

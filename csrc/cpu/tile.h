@@ -239,10 +239,11 @@ struct GateMatrix {
     }
   }
 
-  // acc[count][kWidth] = rows times panel j; the next call is for panel `next`.
-  void product(int64_t j, int64_t next, int64_t count, const T* const* rows, T* acc) const {
+  // acc[count][kWidth] = rows times panel j; the next call is for panel `next`. Packed, it can also add.
+  void product(int64_t j, int64_t next, int64_t count, const T* const* rows, T* acc,
+               bool accumulate = false) const {
     if (packed != nullptr)
-      return panel_product<T, G * U>(count, rows, packed + j * depth * kWidth, depth, acc, false,
+      return panel_product<T, G * U>(count, rows, packed + j * depth * kWidth, depth, acc, accumulate,
                                      packed + next * depth * kWidth);
     const T* column[kWidth];
     columns(j, column);
