@@ -118,6 +118,12 @@ def replace_data_by_used_memory(module: nn.Module) -> None:
             parameter.data = parameter.data * factor
 
 
+def transpose_square_data(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        if parameter.dim() == 2 and parameter.size(0) == parameter.size(1):
+            parameter.data = parameter.data.t()  # The same memory and version.
+
+
 def step_of_an_optimizer(module: nn.Module) -> None:
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
     sum(out.square().sum() for out in flat(module(example(module)))).backward()
@@ -148,6 +154,11 @@ def vector_to_parameters(module: nn.Module) -> None:
 def test_a_changed_weight_is_seen(name: str, change: Callable[[nn.Module], None]) -> None:
     module = MODULES[name]()
     assert_sees_the_change(module, lambda: change(module))
+
+
+def test_a_transposed_weight_is_seen() -> None:
+    module = torchrnn.RNN(7, 7)
+    assert_sees_the_change(module, lambda: transpose_square_data(module))
 
 
 @pytest.mark.parametrize("field", ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"])

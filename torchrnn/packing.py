@@ -15,10 +15,34 @@ PACK_FROM = 24
 """T*B from which packing pays back within one call, kPackFrom of ``csrc/cpu/forward.h``."""
 
 
-class PackedLayer:
-    """The packed weights of a layer, and what a call must look like to run on them."""
+class Sources:
+    """Weights as they were at one time."""
 
-    def __init__(self, a: Arguments, options: Options) -> None:
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self.changes = len(_native.CHANGES)
+        # Each with its version, its address, and an alias without which the address could be used again.
+        self.weights = [(w, w._version, w.data_ptr(), w.detach()) for w in weights]
+
+    def are(self, weights: Sequence[Tensor | None]) -> bool:
+        """Whether these are the same tensors, with the same memory and unchanged since."""
+        if self.changes != len(_native.CHANGES) or len(weights) != len(self.weights):
+            return False
+        for weight, (source, version, address, _) in zip(weights, self.weights, strict=True):
+            if (
+                weight is not source
+                or source._version != version
+                or source.data_ptr() != address
+                or not source.is_contiguous()  # Transposed in its place, say.
+            ):
+                return False
+        return True
+
+
+class PackedLayer:
+    """The packed weights of a layer, what they were made from, and what a call must be to run on them."""
+
+    def __init__(self, a: Arguments, options: Options, sources: Sources) -> None:
+        self.sources = sources
         cell, (rows, outputs), directions = CELLS[options.cell], a.weight_hh[0].shape, len(a.weight_hh)
         hidden = rows // cell.gates
         self.options, self.dtype, self.inputs = options, a.x.dtype, a.weight_ih[0].size(1)
@@ -76,14 +100,12 @@ class PackedWeights:
         it, or by a pointer.
         """
         self._packed: PackedLayer | None = None
-        # Each weight, its version, its address, and an alias without which the address could be used again.
-        self._sources: list[tuple[Tensor, int, int, Tensor]] = []
-        self._changes = -1
+        self._seen: Sources | None = None  # Of the call before, if it packed nothing.
 
     def find(self, weights: Sequence[Tensor | None], options: Options) -> PackedLayer | None:
         """Returns what was packed from these very weights, direction by direction, or None."""
-        packed = self._packed
-        if packed is None or packed.options is not options or not self._known(weights):
+        packed = self._packed  # Read once: another thread may put another one there.
+        if packed is None or packed.options is not options or not packed.sources.are(weights):
             return None
         return packed
 
@@ -92,24 +114,16 @@ class PackedWeights:
 
         A call of few rows is the first of many only if the same weights were there at the call before.
         """
-        weights = in_order(a)
-        if a.x.device.type != "cpu" or _native.WHY_NOT is not None or any(w.is_inference() for w in weights):
+        weights, seen = in_order(a), self._seen
+        if a.x.device.type != "cpu" or _native.WHY_NOT is not None:
             return None
-        pays = a.x.size(0) * a.x.size(1) >= PACK_FROM or self._known(weights)
-        self.drop()
-        self._sources = [(w, w._version, w.data_ptr(), w.detach()) for w in weights]
-        self._changes = len(_native.CHANGES)
-        if pays:
-            self._packed = PackedLayer(a, options)
-        return self._packed
-
-    def _known(self, weights: Sequence[Tensor | None]) -> bool:
-        if self._changes != len(_native.CHANGES) or len(weights) != len(self._sources):
-            return False
-        for weight, (source, version, address, _) in zip(weights, self._sources, strict=True):
-            if weight is not source or source._version != version or source.data_ptr() != address:
-                return False
-        return True
+        if any(w.is_inference() or not w.is_contiguous() for w in weights):  # Without version; not dense.
+            return None
+        self._packed, self._seen = None, Sources(weights)
+        if a.x.size(0) * a.x.size(1) < PACK_FROM and (seen is None or not seen.are(weights)):
+            return None
+        packed = self._packed = PackedLayer(a, options, self._seen)
+        return packed
 
 
 def in_order(a: Arguments) -> list[Tensor]:

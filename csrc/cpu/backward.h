@@ -1,6 +1,8 @@
 // The backward scan: step by step the gradients by the gates, each step's recurrent product and cell in one
 // pass as in the forward scan; and every few hundred rows, while these are in the cache, the gradients by the
 // weights and the input as large products.
+//
+// Over 400 lines for the reason of forward.h.
 #pragma once
 
 #include <optional>
