@@ -205,7 +205,8 @@ struct Backward {
       for (int64_t j = 0; j < own.input.panels() && count > 0; ++j) {
         own.input.product(j, min64(j + 1, own.input.panels() - 1), count, left, acc, false);
         const int64_t n0 = j * Matrix::kWidth, width = min64(Matrix::kWidth, p.inputs - n0);
-        for (int64_t r = 0; r < count; ++r) memcpy(out[r] + n0, acc + r * Matrix::kWidth, width * sizeof(T));
+        for (int64_t r = 0; r < count; ++r)
+          memcpy(out[r] + n0, acc + r * own.input.width(j), width * sizeof(T));
       }
     }
   }
@@ -280,12 +281,12 @@ struct Backward {
         for (int64_t i0 = 0; i0 < count; i0 += kRowBlock) {
           const int64_t j = panels[n], block = min64(kRowBlock, count - i0);
           matrix.product(j, i0 + block < count ? j : panels[n + 1], block, left + i0, acc, false);
-          for (int v = 0; v < 4; ++v) {
+          const int64_t width = matrix.width(j);
+          for (int v = 0; v < width / N; ++v) {
             const int64_t unit = j * Matrix::kWidth + v * N;
             V::with_lanes(matrix.columns - unit, [&](auto m) {
               const T* sums = acc + v * N;
-              for (int64_t i = i0; i < i0 + block; ++i, sums += Matrix::kWidth)
-                use(i, V::load(sums), unit, m);
+              for (int64_t i = i0; i < i0 + block; ++i, sums += width) use(i, V::load(sums), unit, m);
             });
           }
         }

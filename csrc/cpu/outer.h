@@ -28,13 +28,17 @@ struct ColumnMatrix {
     return weight + (q * block_rows + k % block_rows) * stride;
   }
 
-  // The first n of kWidth values, and zeros; all of them with a copy of known size, which needs no call.
-  static void copy_row(T* to, const T* from, int64_t n) {
+  // Columns of a panel: the last one is half as wide if that is enough.
+  static constexpr int64_t panel_width(int64_t left) { return left <= kWidth / 2 ? kWidth / 2 : kWidth; }
+  int64_t width(int64_t j) const { return panel_width(columns - j * kWidth); }
+
+  // The first n of `width` values, and zeros; all of kWidth with a copy of known size, which needs no call.
+  static void copy_row(T* to, const T* from, int64_t n, int64_t width) {
     if (n == kWidth) {
       memcpy(to, from, kWidth * sizeof(T));
     } else {
       memcpy(to, from, n * sizeof(T));
-      memset(to + n, 0, (kWidth - n) * sizeof(T));
+      memset(to + n, 0, (width - n) * sizeof(T));
     }
   }
 
@@ -42,16 +46,18 @@ struct ColumnMatrix {
     for (int64_t j = max64(begin, first_packed); j < end; ++j) {
       T* dst = packed + (j - first_packed) * depth() * kWidth;
       const int64_t n = min64(kWidth, columns - j * kWidth);
-      for (int64_t k = 0; k < depth(); ++k, dst += kWidth) copy_row(dst, row(k) + j * kWidth, n);
+      for (int64_t k = 0; k < depth(); ++k, dst += width(j)) copy_row(dst, row(k) + j * kWidth, n, width(j));
     }
   }
 
-  // acc[count][kWidth] (+)= rows times panel j; the next call is for panel `next`.
+  // acc[count][width(j)] (+)= rows times panel j; the next call is for panel `next`.
   void product(int64_t j, int64_t next, int64_t count, const T* const* rows, T* acc, bool accumulate) const {
     if (j >= first_packed) {
       const T* panel = packed + (j - first_packed) * depth() * kWidth;
-      return panel_product<T, 4>(count, rows, panel, depth(), acc, accumulate,
-                                 panel + (next - j) * depth() * kWidth);
+      const T* next_panel = panel + (next - j) * depth() * kWidth;
+      if (width(j) < kWidth)
+        return panel_product<T, 2>(count, rows, panel, depth(), acc, accumulate, next_panel);
+      return panel_product<T, 4>(count, rows, panel, depth(), acc, accumulate, next_panel);
     }
     for (int64_t q = 0; q < blocks; ++q)
       for (int64_t r = 0; r < count;) {
@@ -118,22 +124,26 @@ void outer_sum(int64_t depth, const T* const* left, int64_t left_offset, const T
     const int64_t rows = min64(memory.tiles * R, range.end - m0);
     pack_left(depth, left, left_offset + m0, rows, memory);
     for (int64_t n0 = 0; n0 < columns; n0 += kWidth) {
-      const int64_t width = min64(kWidth, columns - n0);
+      const int64_t width = min64(kWidth, columns - n0), panel = ColumnMatrix<T>::panel_width(width);
       for (int64_t k = 0; k < depth; ++k)
-        ColumnMatrix<T>::copy_row(right_pack + k * kWidth, right[k] + n0, width);
+        ColumnMatrix<T>::copy_row(right_pack + k * panel, right[k] + n0, width, panel);
       for (int64_t m = 0; m < rows; m += R) {
         const int64_t height = min64(R, rows - m);
         const T* tile[R];
         for (int r = 0; r < R; ++r) tile[r] = left_pack + (m / R) * memory.left_stride + r;
         T* to = out + (m0 + m) * columns + n0;
-        if (width == kWidth) {
-          fma_tile_rows<T, 4, R>(height, tile, 0, right_pack, kWidth, depth, to, columns, accumulate);
-          continue;
-        }
-        fma_tile_rows<T, 4, R>(height, tile, 0, right_pack, kWidth, depth, acc, kWidth, false);
-        for (int64_t r = 0; r < height; ++r)
+        // A panel that is not full goes through acc, since its zeros must not be written.
+        const bool full = width == panel;
+        T* sums = full ? to : acc;
+        const int64_t stride = full ? columns : panel;
+        if (panel == kWidth)
+          fma_tile_rows<T, 4, R>(height, tile, 0, right_pack, panel, depth, sums, stride, full && accumulate);
+        else
+          fma_tile_rows<T, 2, R, 0, R>(height, tile, 0, right_pack, panel, depth, sums, stride,
+                                       full && accumulate);
+        for (int64_t r = 0; r < height && !full; ++r)
           for (int64_t n = 0; n < width; ++n)
-            to[r * columns + n] = acc[r * kWidth + n] + (accumulate ? to[r * columns + n] : T(0));
+            to[r * columns + n] = acc[r * panel + n] + (accumulate ? to[r * columns + n] : T(0));
       }
     }
   }
