@@ -12,6 +12,8 @@ import pytest
 import torch
 from conftest import assert_close_to_f64
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 
 import torchrnn
@@ -363,3 +365,24 @@ def test_op_keeps_the_dispatchers_contract() -> None:
     assert packed is not None
     args = (x, packed.data, torch.randn(1, 5, 33), torch.randn(1, 5, 33), None, None, *packed.scalars)
     torch.library.opcheck(torch.ops.torchrnn.layer_packed.default, args)
+
+
+# torch.jit.trace is deprecated, but as long as it is there it must not hold stale weights.
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+def test_tracers_and_fake_tensors_see_the_weights() -> None:
+    module = torchrnn.LSTM(7, 33)
+    x = example(module)
+    warm(module, x)
+    with torch.no_grad():
+        graph = make_fx(lambda value: module(value)[0])(x)
+        traced = torch.jit.trace(module, x)
+        names = [str(node.target) for node in graph.graph.nodes]
+        assert "torchrnn.layer_infer.default" in names
+        assert not any("packed" in name for name in names)
+        assert "layer_packed" not in str(traced.inlined_graph)
+        with FakeTensorMode():
+            fake = torchrnn.LSTM(7, 33)
+            for _ in range(3):
+                y, _ = fake(torch.randn(6, 5, 7))
+    assert y.shape == (6, 5, 33)
+    assert not any(packed_layers(fake))

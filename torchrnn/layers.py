@@ -52,7 +52,7 @@ class LSTM(Layer, nn.LSTM):
         forget_bias: Initial bias of the forget gate: that part of ``bias_ih`` starts at this value, that of
             ``bias_hh`` at 0. None for the initialisation of ``torch.nn``, uniform in +-1/sqrt(H).
         recompute: True to keep little for backward: only inputs, outputs and a few states. The gates are then
-            computed again, which makes training slower by about a third. Not under ``torch.compile`` or a
+            computed again, which makes training slower by a third to a half. Not under ``torch.compile`` or a
             transform, which keep everything.
         **kwargs: As ``args``.
 
@@ -116,7 +116,7 @@ class GRU(Layer, nn.GRU):
         reset_after: False for the reset before the product, ``n = tanh(W x + b + R (r * h) + b')``, as in
             the paper and in TensorFlow.
         recompute: True to keep little for backward: only inputs, outputs and a few states. The gates are then
-            computed again, which makes training slower by about a third. Not under ``torch.compile`` or a
+            computed again, which makes training slower by a third to a half. Not under ``torch.compile`` or a
             transform, which keep everything.
         **kwargs: As ``args``.
 
@@ -156,7 +156,7 @@ class RNN(Layer, nn.RNN):
         *args: As of ``torch.nn.RNN``: ``input_size, hidden_size, num_layers=1, nonlinearity="tanh",
             bias=True, batch_first=False, dropout=0.0, bidirectional=False, device=None, dtype=None``.
         recompute: True to keep little for backward: only inputs, outputs and a few states. The gates are then
-            computed again, which makes training slower by about a third. Not under ``torch.compile`` or a
+            computed again, which makes training slower by a third to a half. Not under ``torch.compile`` or a
             transform, which keep everything.
         **kwargs: As ``args``.
 

@@ -93,12 +93,7 @@ def layer(
         if found is not None and found.fits(a.x, a.h0, a.c0):
             y, h_n, c_n = layer_packed(found, a.x, a.h0, a.c0)
             return y, None, h_n, c_n
-    if not isinstance(a.x, Tensor):
-        raise TypeError(f"{options.cell}: x must be a tensor, got {type(a.x).__name__}")
-    a = autocast(a)
-    check(a, options)
-    if a.lengths is not None and a.lengths.device != a.x.device:
-        a = a._replace(lengths=a.lengths.to(a.x.device))
+    a = checked(a, options)
     if reference_only(a, options):
         y, c_all, h_n, c_n = reference.layer(a, options, all_states)
         return y, c_all if all_states else None, h_n, c_n
@@ -115,11 +110,25 @@ def layer(
     return y, c_all if all_states else None, h_n, c_n
 
 
+def checked(a: Arguments, options: Options) -> Arguments:
+    """Raises for mistakes; returns the arguments in autocast's dtype, all on one device."""
+    if not isinstance(a.x, Tensor):
+        raise TypeError(f"{options.cell}: x must be a tensor, got {type(a.x).__name__}")
+    a = autocast(a)
+    check(a, options)
+    if a.lengths is not None and a.lengths.device != a.x.device:
+        a = a._replace(lengths=a.lengths.to(a.x.device))
+    return a
+
+
 def runs_packed() -> bool:
     """Whether packed weights may be used: in inference, where nothing traces, transforms or casts them."""
     return not (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
+        # A trace would hold the packed weights as a constant, and fake tensors have nothing to pack.
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
         or torch.is_autocast_enabled("cpu")
         or transformed()
     )
@@ -135,7 +144,10 @@ def layer_packed(
     resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs a layer on packed weights that the call fits; returns ``(y, h_n, c_n)`` of ``layer``."""
-    return _LAYER_PACKED(x, packed.data, h0, c0, lengths, resets, *packed.scalars)  # type: ignore[no-any-return]
+    results: tuple[Tensor, Tensor, Tensor] = _LAYER_PACKED(
+        x, packed.data, h0, c0, lengths, resets, *packed.scalars
+    )
+    return results
 
 
 def scalars(options: Options) -> tuple[Any, ...]:

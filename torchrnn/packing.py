@@ -117,6 +117,8 @@ class PackedWeights:
         weights, seen = in_order(a), self._seen
         if a.x.device.type != "cpu" or _native.WHY_NOT is not None:
             return None
+        if any(type(w) not in (Tensor, nn.Parameter) for w in weights):  # A subclass has its own ways.
+            return None
         if any(w.is_inference() or not w.is_contiguous() for w in weights):  # Without version; not dense.
             return None
         self._packed, self._seen = None, Sources(weights)

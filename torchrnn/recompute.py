@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchrnn import ops
-from torchrnn.checks import check, transformed
+from torchrnn.checks import transformed
 from torchrnn.options import CELLS, Options
 from torchrnn.packing import PackedWeights
 from torchrnn.reference import Arguments
@@ -31,10 +31,7 @@ def layer(
     """
     if not torch.is_grad_enabled() or transformed() or torch.compiler.is_compiling():
         return ops.layer(a, options, packed=packed)
-    if not isinstance(a.x, Tensor):
-        raise TypeError(f"{options.cell}: x must be a tensor, got {type(a.x).__name__}")
-    a = ops.autocast(a)
-    check(a, options)
+    a = ops.checked(a, options)
     if ops.reference_only(a, options) or not ops.requires_grad(a):
         return ops.layer(a, options)
     variables = ops.differentiable(a)
