@@ -367,8 +367,9 @@ def test_op_keeps_the_dispatchers_contract() -> None:
     torch.library.opcheck(torch.ops.torchrnn.layer_packed.default, args)
 
 
-# torch.jit.trace is deprecated, but as long as it is there it must not hold stale weights.
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+# torch.jit.trace is deprecated and warns of each size that is compared; but while it is there it must not
+# hold stale weights.
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_tracers_and_fake_tensors_see_the_weights() -> None:
     module = torchrnn.LSTM(7, 33)
     x = example(module)
