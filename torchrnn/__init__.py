@@ -2,7 +2,9 @@
 
 import importlib.metadata
 
+from torchrnn import contrib as contrib
 from torchrnn import ops as _ops  # noqa: F401  Registers the ops.
+from torchrnn import rnn_cell as rnn_cell
 from torchrnn._native import info as info
 from torchrnn.cells import GRUCell as GRUCell
 from torchrnn.cells import LSTMCell as LSTMCell
@@ -11,5 +13,17 @@ from torchrnn.interop import convert as convert
 from torchrnn.layers import GRU as GRU
 from torchrnn.layers import LSTM as LSTM
 from torchrnn.layers import RNN as RNN
+from torchrnn.unroll import bidirectional_dynamic_rnn as bidirectional_dynamic_rnn
+from torchrnn.unroll import bidirectional_rnn as bidirectional_rnn
+from torchrnn.unroll import dynamic_rnn as dynamic_rnn
+from torchrnn.unroll import explain as explain
+from torchrnn.unroll import raw_rnn as raw_rnn
+from torchrnn.unroll import stack_bidirectional_dynamic_rnn as stack_bidirectional_dynamic_rnn
+from torchrnn.unroll import stack_bidirectional_rnn as stack_bidirectional_rnn
+from torchrnn.unroll import static_bidirectional_rnn as static_bidirectional_rnn
+from torchrnn.unroll import static_rnn as static_rnn
+from torchrnn.unroll import static_state_saving_rnn as static_state_saving_rnn
+from torchrnn.unroll import stepwise as stepwise
+from torchrnn.unroll import transpose_batch_time as transpose_batch_time
 
 __version__ = importlib.metadata.version("torchrnn")

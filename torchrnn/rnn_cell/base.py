@@ -1,0 +1,554 @@
+"""The protocol of TensorFlow 1's RNN cells: variables, states, and how a cell runs over a sequence.
+
+Letters: T steps, B batch rows, I inputs, U units. A nest is a tensor or a tuple, named tuple, list or dict of
+nests (``torch.utils._pytree``). The equations of all cells are those of TensorFlow 1.15.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedParameter, is_lazy
+from torch.utils import _pytree as pytree
+
+Nest = Any
+"""A tensor, a size, or a structure of them."""
+Activation = Callable[[Tensor], Tensor]
+Initializer = Callable[[Tensor], Any]
+"""Fills a tensor in place, as the functions of ``torch.nn.init`` do."""
+
+
+class LSTMStateTuple(NamedTuple):
+    """The state of an LSTM: the memory c [B, U] first, then the output h [B, U] (or projected)."""
+
+    c: Any
+    h: Any
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The common dtype of both; TypeError if they differ."""
+        if self.c.dtype != self.h.dtype:
+            raise TypeError(f"Inconsistent internal state: {self.c.dtype} vs {self.h.dtype}")
+        dtype: torch.dtype = self.c.dtype
+        return dtype
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a sequence is walked through.
+
+    Args:
+        lengths: [B] int64 in 0..T; None for all T. Steps past a row's length leave its state as it is.
+        reverse: Whether to walk from the last step to the first.
+        masks: Factors on the state that is carried on from each step, a nest like the state with a tensor
+            [T or 1, B or 1, ...] or None for each of its tensors; None for no factors at all.
+    """
+
+    lengths: Tensor | None = None
+    reverse: bool = False
+    masks: Nest = None
+
+
+# Activations and initializers -----------------------------------------------------------------------------
+
+
+def hard_sigmoid(x: Tensor) -> Tensor:
+    """Returns clip(0.2 x + 0.5, 0, 1), TensorFlow's and Keras 2's hard sigmoid."""
+    return (0.2 * x + 0.5).clamp(0, 1)
+
+
+def identity(x: Tensor) -> Tensor:
+    """Returns x."""
+    return x
+
+
+def _softmax(x: Tensor) -> Tensor:
+    return F.softmax(x, -1)
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+    "linear": identity,
+    "elu": F.elu,
+    "selu": F.selu,
+    "softplus": F.softplus,
+    "softsign": F.softsign,
+    "softmax": _softmax,
+    "exponential": torch.exp,
+    "hard_sigmoid": hard_sigmoid,
+}
+"""The names that TensorFlow's cells take."""
+
+# Callables by which users name the activations that have kernels.
+_KERNEL_NAMES: dict[Any, str] = {
+    torch.tanh: "tanh",
+    F.tanh: "tanh",
+    nn.Tanh: "tanh",
+    torch.relu: "relu",
+    F.relu: "relu",
+    nn.ReLU: "relu",
+    torch.sigmoid: "sigmoid",
+    F.sigmoid: "sigmoid",
+    nn.Sigmoid: "sigmoid",
+    identity: "identity",
+    nn.Identity: "identity",
+}
+
+
+def activation_of(value: str | Activation | None, default: str = "tanh") -> Activation:
+    """Returns the function of a name or a callable; None and other falsy values mean the default.
+
+    Raises:
+        ValueError: If the name is not known.
+        TypeError: If it is neither a name nor callable.
+    """
+    if not value:
+        value = default
+    if isinstance(value, str):
+        if value not in ACTIVATIONS:
+            raise ValueError(f"Unknown activation function:{value}")
+        return ACTIVATIONS[value]
+    if not callable(value):
+        raise TypeError(f"activation must be a name or callable, got {type(value).__name__}")
+    return value
+
+
+def kernel_activation(function: Activation) -> str | None:
+    """Returns by which name the kernels know an activation; None if they do not."""
+    return _KERNEL_NAMES.get(function) or _KERNEL_NAMES.get(type(function))
+
+
+def glorot_uniform(tensor: Tensor) -> None:
+    """Fills with U(-b, b), b = sqrt(6 / (fan_in + fan_out)), fans as TensorFlow counts them.
+
+    The last axis counts outputs and the one before it inputs, both times the product of the axes before.
+    """
+    shape = tensor.shape
+    if len(shape) < 2:
+        fans = 2 * (shape[0] if shape else 1)
+    else:
+        fans = math.prod(shape[:-2]) * (shape[-2] + shape[-1])
+    bound = math.sqrt(6 / max(fans, 1))
+    nn.init.uniform_(tensor, -bound, bound)
+
+
+def zeros(tensor: Tensor) -> None:
+    """Fills with 0."""
+    nn.init.zeros_(tensor)
+
+
+def constant(value: float) -> Initializer:
+    """Returns an initializer that fills with a value."""
+    return lambda tensor: nn.init.constant_(tensor, value)
+
+
+def ignore_input_size(input_size: object) -> None:
+    """Warns if the argument is there that TensorFlow has ignored since 0.12."""
+    if input_size is not None:
+        warnings.warn("The input_size parameter is deprecated and ignored.", stacklevel=3)
+
+
+# States ---------------------------------------------------------------------------------------------------
+
+
+def is_size(value: object) -> bool:
+    """Whether a value of a nest of sizes is one size: an int, or a ``torch.Size`` without the batch."""
+    return isinstance(value, int | torch.Size)
+
+
+def shape_of(size: int | torch.Size) -> tuple[int, ...]:
+    """Returns the shape of one row."""
+    return (size,) if isinstance(size, int) else tuple(size)
+
+
+def map_sizes(function: Callable[[Any], Any], sizes: Nest) -> Nest:
+    """Maps every size of a nest."""
+    return pytree.tree_map(function, sizes, is_leaf=is_size)
+
+
+def cat_size(sizes: Nest) -> int:
+    """Returns the sum of a nest of ints."""
+    return sum(pytree.tree_leaves(sizes, is_leaf=is_size))
+
+
+def lstm_size(units: int, outputs: int, as_tuple: bool) -> Nest:
+    """Returns the state size of an LSTM, in a tuple or concatenated."""
+    return LSTMStateTuple(units, outputs) if as_tuple else units + outputs
+
+
+def split_state(state: Nest, units: int, as_tuple: bool) -> tuple[Tensor, Tensor]:
+    """Returns c and h of an LSTM's state."""
+    if as_tuple:
+        if not isinstance(state, tuple | list) or len(state) != 2:
+            raise ValueError(f"Expected state to be a tuple of length 2, but received: {describe(state)}")
+        return state[0], state[1]
+    if not isinstance(state, Tensor):
+        raise ValueError(f"Expected state to be a tensor [c | h], but received: {describe(state)}")
+    return state[..., :units], state[..., units:]
+
+
+def join_state(c: Tensor, h: Tensor, as_tuple: bool) -> Nest:
+    """Returns an LSTM's state in the form that ``split_state`` takes."""
+    return LSTMStateTuple(c, h) if as_tuple else torch.cat([c, h], -1)
+
+
+def describe(value: Nest) -> str:
+    """Returns a nest with shapes in place of tensors, for error messages."""
+    return str(pytree.tree_map(lambda v: list(v.shape) if isinstance(v, Tensor) else v, value))
+
+
+def linear(parts: Sequence[Tensor], kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Returns [a, b, ...] @ kernel + bias, the parts concatenated along the last axis."""
+    x = parts[0] if len(parts) == 1 else torch.cat(list(parts), -1)
+    return x @ kernel if bias is None else x @ kernel + bias
+
+
+# The base class -------------------------------------------------------------------------------------------
+
+
+class RNNCell(LazyModuleMixin, nn.Module):
+    """The base of all cells, and of a user's own.
+
+    A subclass defines ``state_size``, ``output_size`` and ``call(inputs, state)``, which returns
+    ``(output, new_state)`` of one step. If it has variables of its own, it declares them in ``__init__`` by
+    ``add_variable`` and gives their shapes in ``variable_shapes``; or it holds parameters and modules as any
+    ``nn.Module``. A subclass that knows a faster way over a whole sequence than step by step overrides
+    ``unroll`` and ``paths``.
+
+    Args:
+        name: The variable scope; by default the class's ``scope``.
+        dtype: The dtype of the variables; by default that of the first input.
+        reuse: Accepted as in TensorFlow and ignored: a cell object owns its variables.
+    """
+
+    scope = ""
+    """TensorFlow's name of the variable scope of the class; empty for a cell that adds none."""
+
+    cls_to_become = None
+
+    def __init__(
+        self, *, name: str | None = None, dtype: torch.dtype | None = None, reuse: bool | None = None
+    ) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Lazy modules are a new feature", UserWarning)
+            super().__init__()
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"RNN cell only supports floating point variables, but saw dtype: {dtype}")
+        self.name = self.scope if name is None else name
+        self._dtype = dtype
+        self._variables: dict[str, tuple[str, Initializer]] = {}
+
+    # To be defined by a cell ------------------------------------------------------------------------------
+
+    @property
+    def state_size(self) -> Nest:
+        """The sizes of the state without the batch: a nest of ints and ``torch.Size``."""
+        raise NotImplementedError(f"{type(self).__name__} must define state_size")
+
+    @property
+    def output_size(self) -> Nest:
+        """The sizes of the output without the batch: a nest of ints and ``torch.Size``."""
+        raise NotImplementedError(f"{type(self).__name__} must define output_size")
+
+    def call(self, inputs: Nest, state: Nest) -> tuple[Nest, Nest]:
+        """Returns ``(output, new_state)`` of one step: inputs [B, I], the state as ``state_size``."""
+        raise NotImplementedError(f"{type(self).__name__} must define call(inputs, state)")
+
+    def variable_shapes(self, input_size: int) -> Mapping[str, tuple[int, ...]]:
+        """Returns the shapes of the cell's own variables, by TensorFlow's names, for I inputs."""
+        return {}
+
+    def inner_cells(self) -> Sequence[tuple[str, nn.Module]]:
+        """Returns the cells inside this one, each after the scope it stands in ("" or "cell_0/", say)."""
+        return []
+
+    # Variables --------------------------------------------------------------------------------------------
+
+    def add_variable(self, name: str, initializer: Initializer | None = None) -> None:
+        """Declares a variable by TensorFlow's name below the cell's scope ("gates/kernel", say).
+
+        It becomes the parameter of that name with _ for / and gets its value when the cell is built. By
+        default biases are zeros and everything else glorot_uniform.
+        """
+        if initializer is None:
+            initializer = zeros if name.rpartition("/")[2] in ("bias", "biases") else glorot_uniform
+        attribute = name.replace("/", "_")
+        self._variables[attribute] = (name, initializer)
+        # torch declares its class without arguments, and not as a Parameter.
+        make: Any = UninitializedParameter
+        self.register_parameter(attribute, make(dtype=self._dtype))
+
+    @property
+    def built(self) -> bool:
+        """Whether the cell's own variables have values."""
+        return not any(p is not None and is_lazy(p) for p in self._parameters.values())
+
+    def build(
+        self,
+        input_size: int | Sequence[int],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Creates the variables, for inputs [B, I], of this cell and of the cells inside; once.
+
+        Args:
+            input_size: I, or a shape that ends with it.
+            dtype: Of the variables; by default the cell's ``dtype``, else torch's default.
+            device: Of the variables; by default torch's default, or where ``to`` has put them.
+        """
+        size = input_size if isinstance(input_size, int) else list(input_size)[-1]
+        self.build_own(size, dtype, device)
+        self.build_inner(size, dtype, device)
+
+    def build_own(self, size: int, dtype: torch.dtype | None, device: Any) -> None:
+        """Creates the cell's own variables, or checks that those there have the shapes."""
+        if size < 0:
+            raise ValueError(f"{self.name}: input_size must be at least 0, got {size}")
+        for name, shape in self.variable_shapes(size).items():
+            attribute = name.replace("/", "_")
+            parameter: Any = self._parameters[attribute]
+            if is_lazy(parameter):
+                chosen = self._dtype or dtype or torch.get_default_dtype()
+                parameter.materialize(shape, device=device, dtype=chosen)
+                with torch.no_grad():
+                    self._variables[attribute][1](parameter)
+            elif tuple(parameter.shape) != shape:
+                raise ValueError(
+                    f"{self.name}: inputs of size {size} need {name} {list(shape)}, "
+                    f"but it was built as {list(parameter.shape)}"
+                )
+
+    def build_inner(self, size: int, dtype: torch.dtype | None, device: Any) -> None:
+        """Builds the cells inside, which by default see the cell's own input."""
+        for _, cell in self.inner_cells():
+            build_cell(cell, size, dtype, device)
+
+    def initialize_parameters(self, inputs: Nest, *_: Any, **__: Any) -> None:
+        """Builds the cell for its first input; called by torch before the first ``forward``."""
+        self.build_for(inputs)
+
+    def build_for(self, inputs: Nest) -> None:
+        """Builds the cell for an input [..., I], or checks that it was built for such."""
+        first = pytree.tree_leaves(inputs)[0]
+        if not first.is_floating_point():
+            raise ValueError(f"RNN cell only supports floating point inputs, but saw dtype: {first.dtype}")
+        self.build(first.size(-1), first.dtype, first.device)
+
+    def tf_names(self) -> Iterator[tuple[str, nn.Module, str]]:
+        """Yields TensorFlow's name, the owner and the attribute of every variable, once each.
+
+        The names start with the scope of this cell, as below the scope of an unrolling function.
+        """
+        yield from _tf_names(self, "", set())
+
+    # States -----------------------------------------------------------------------------------------------
+
+    def zero_state(
+        self,
+        batch_size: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Nest:
+        """Returns a state of zeros with B rows, and starts a new sequence."""
+        self.start_sequence()
+        return map_sizes(
+            lambda size: torch.zeros(batch_size, *shape_of(size), dtype=dtype, device=device), self.state_size
+        )
+
+    def get_initial_state(
+        self,
+        inputs: Tensor | None = None,
+        batch_size: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Nest:
+        """Returns ``zero_state`` for inputs [B, ...], or for a batch size and a dtype."""
+        device = None
+        if inputs is not None:
+            if batch_size is not None and batch_size != inputs.size(0):
+                raise ValueError(
+                    f"batch size from input tensor is different from the input param. "
+                    f"Input tensor batch: {inputs.size(0)}, batch_size: {batch_size}"
+                )
+            batch_size, device = inputs.size(0), inputs.device
+            dtype = inputs.dtype if dtype is None else dtype
+        if batch_size is None or dtype is None:
+            raise ValueError(
+                f"batch_size and dtype cannot be None while constructing initial state: "
+                f"batch_size={batch_size}, dtype={dtype}"
+            )
+        return self.zero_state(batch_size, dtype, device)
+
+    def start_sequence(self) -> None:
+        """Tells the cells inside that a new sequence begins, for which masks are drawn anew."""
+        for _, cell in self.inner_cells():
+            if isinstance(cell, RNNCell):
+                cell.start_sequence()
+
+    # Running ----------------------------------------------------------------------------------------------
+
+    def forward(self, inputs: Nest, state: Nest, scope: object = None) -> tuple[Nest, Nest]:
+        """Runs one step; returns ``(output, new_state)``. ``scope`` is accepted and ignored."""
+        self.check_inputs(inputs)
+        self.build_for(inputs)
+        return self.call(inputs, state)
+
+    def check_inputs(self, inputs: Nest) -> None:
+        """Raises ValueError unless the inputs are [B, I] of a floating dtype; for one step."""
+        if not isinstance(inputs, Tensor):
+            raise TypeError(f"{self.name}: inputs must be a tensor, got {type(inputs).__name__}")
+        if not inputs.is_floating_point():
+            raise ValueError(f"RNN cell only supports floating point inputs, but saw dtype: {inputs.dtype}")
+        if inputs.dim() != 2:
+            raise ValueError(
+                f"Input 0 of layer {self.name} is incompatible with the layer: expected ndim=2, "
+                f"found ndim={inputs.dim()}. Full shape received: {list(inputs.shape)}"
+            )
+
+    def unroll(self, inputs: Nest, state: Nest, run: Run) -> tuple[Nest, Nest]:
+        """Runs a sequence, inputs [T, B, ...]; returns ``(outputs [T, B, ...], final state)``.
+
+        The cell is built. Outputs past a row's length are not defined; what is there of the inputs is
+        finite. By default the generic loop.
+        """
+        return loop(self, inputs, state, run)
+
+    def paths(self) -> Iterator[tuple[int, str]]:
+        """Yields depth and text of the lines of ``explain``: how ``unroll`` runs this cell, and why."""
+        yield 0, f"{self.describe()}: generic loop, step by step; the class has no faster way"
+        for _, cell in self.inner_cells():
+            yield from nested(cell)
+
+    def describe(self) -> str:
+        """Returns the class with its size."""
+        units = getattr(self, "num_units", None)
+        return type(self).__name__ if units is None else f"{type(self).__name__}({units})"
+
+    def extra_repr(self) -> str:
+        """Returns the size."""
+        units = getattr(self, "num_units", None)
+        return "" if units is None else str(units)
+
+
+def nested(cell: nn.Module) -> Iterator[tuple[int, str]]:
+    """Yields a cell's ``paths`` one level deeper."""
+    if isinstance(cell, RNNCell):
+        for depth, text in cell.paths():
+            yield depth + 1, text
+    else:
+        yield 1, f"{type(cell).__name__}: generic loop, step by step; it is no torchrnn.rnn_cell.RNNCell"
+
+
+def _tf_names(cell: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str, nn.Module, str]]:
+    if id(cell) in seen or not isinstance(cell, RNNCell):
+        return
+    seen.add(id(cell))
+    scope = f"{prefix}{cell.name}/" if cell.name else prefix
+    for attribute, (name, _) in cell._variables.items():
+        if cell._parameters.get(attribute) is not None:
+            yield scope + name, cell, attribute
+    for inner, child in cell.inner_cells():
+        yield from _tf_names(child, scope + inner, seen)
+
+
+def build_cell(cell: nn.Module, input_size: int, dtype: torch.dtype | None, device: Any) -> None:
+    """Builds a cell that has ``build``; a user's own may do without."""
+    if isinstance(cell, RNNCell):
+        cell.build(input_size, dtype, device)
+
+
+def is_cell(cell: object) -> bool:
+    """Whether an object is a cell to the unrolling functions, which go by what it has."""
+    return (
+        callable(cell)
+        and hasattr(cell, "output_size")
+        and hasattr(cell, "state_size")
+        and (hasattr(cell, "zero_state") or hasattr(cell, "get_initial_state"))
+    )
+
+
+def assert_cell(cell: object, argument: str = "cell") -> None:
+    """Raises TypeError unless an object is a cell."""
+    if not is_cell(cell):
+        raise TypeError(
+            f"The argument {argument!r} ({cell!r}) is not an RNNCell: it must be callable and have "
+            f"output_size, state_size, and zero_state or get_initial_state"
+        )
+
+
+# The generic loop -----------------------------------------------------------------------------------------
+
+
+def alive_mask(lengths: Tensor, steps: int) -> Tensor:
+    """Returns [T, B] bool: which steps count."""
+    return torch.arange(steps, device=lengths.device)[:, None] < lengths
+
+
+def select(alive: Tensor, new: Nest, old: Nest) -> Nest:
+    """Returns new where a row [B] is alive, else old; both nests of [B, ...], or old 0."""
+
+    def one(n: Tensor, o: Any) -> Tensor:
+        mask = alive.view(-1, *[1] * (n.dim() - 1))
+        return torch.where(mask, n, o)
+
+    if isinstance(old, int):
+        return pytree.tree_map(lambda n: one(n, old), new)
+    leaves, spec = pytree.tree_flatten(new)
+    return pytree.tree_unflatten(map(one, leaves, pytree.tree_leaves(old)), spec)
+
+
+def drop_state(state: Nest, masks: Nest, t: int) -> Nest:
+    """Returns a state times its masks of step t; masks as in ``Run``."""
+    if masks is None:
+        return state
+    leaves, spec = pytree.tree_flatten(state)
+    factors = pytree.tree_leaves(masks, is_leaf=lambda v: v is None)
+    return pytree.tree_unflatten(
+        [s if m is None else s * m[t if m.size(0) > 1 else 0] for s, m in zip(leaves, factors, strict=True)],
+        spec,
+    )
+
+
+def loop(cell: Any, inputs: Nest, state: Nest, run: Run) -> tuple[Nest, Nest]:
+    """Calls a cell step by step; see ``RNNCell.unroll``. Outputs past a row's length are zeros."""
+    steps = pytree.tree_leaves(inputs)[0].size(0)
+    alive, last = None, steps
+    if run.lengths is not None:
+        alive = alive_mask(run.lengths, steps)
+        if not run.lengths.is_cuda and not torch.compiler.is_compiling() and run.lengths.numel():
+            last = min(steps, max(1, int(run.lengths.max())))
+    outputs: list[list[Tensor]] = []
+    spec = None
+    for t in range(last - 1, -1, -1) if run.reverse else range(last):
+        output, new = cell(pytree.tree_map(lambda v, t=t: v[t], inputs), state)
+        new = drop_state(new, run.masks, t)
+        if alive is not None:
+            output, new = select(alive[t], output, 0), select(alive[t], new, state)
+        state = new
+        leaves, spec = pytree.tree_flatten(output)
+        outputs.append(leaves)
+    if spec is None:
+        first = pytree.tree_leaves(inputs)[0]
+        empty = map_sizes(lambda s: first.new_zeros(0, first.size(1), *shape_of(s)), cell.output_size)
+        return empty, state
+    if run.reverse:
+        outputs.reverse()
+    stacked = []
+    for each in zip(*outputs, strict=True):
+        y = torch.stack(each)
+        stacked.append(y if last == steps else torch.cat([y, y.new_zeros(steps - last, *y.shape[1:])]))
+    return pytree.tree_unflatten(stacked, spec), state
+
+
+def without_masks(run: Run) -> Run:
+    """Returns a run whose state is carried on as it is."""
+    return replace(run, masks=None)
