@@ -45,21 +45,21 @@ struct LayerParams {
   const int64_t* lengths;  // [B], each in 0..T; null is all T
   const bool* resets;      // [T, B], contiguous: no state crosses from step t-1 to t
 
-  // No kernel serves these yet; ops.py sends a call that has one to the reference.
-  const T* mask_h;         // [D, mask_steps, B, R]
-  const T* mask_c;         // [D, mask_steps, B, H]
-  const T* zoneout_h;      // [D, mask_steps, B, R]
-  const T* zoneout_c;      // [D, mask_steps, B, H]
-  int64_t mask_steps;      // T, or 1 for a mask that all steps share
+  const T* mask_h;         // [D, mask_h_steps, B, R], contiguous: factor on the h that is carried on; or null
+  const T* mask_c;         // [D, mask_c_steps, B, H], contiguous: likewise
+  int64_t mask_h_steps;    // T, or 1 for a mask that all steps share
+  int64_t mask_c_steps;    // likewise
   T cell_clip, proj_clip;  // infinity is no bound
-  T norm_eps;
 
   // Outputs, contiguous; in a backward call y is an input.
   T* y;      // [T, B, D*R], zero past a row's length
   T* c_all;  // [T, B, D*H], likewise; null if not wanted
   T* h_n;    // [D, B, R]
   T* c_n;    // [D, B, H]; null for a cell without c
-  T* tape;   // [D, T, B, kTape, H]: what backward needs, zero past a row's length. Null in inference.
+
+  // [D, T, B, kTape*H], and R more with proj_clip: what backward needs, the last part being the projection
+  // before it is clipped. Zero past a row's length. Null in inference.
+  T* tape;
 };
 
 template <typename T>

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_close_to_f64
+from conftest import assert_close_to_f64, one_thread
 from torch import Tensor
 
 from torchrnn import _native, ops, reference
-from torchrnn.options import CELLS, Options
+from torchrnn.options import ACTIVATIONS, CELLS, Options
 from torchrnn.reference import Arguments
 
 VARIATIONS = ("peephole", "norm", "mask_h", "mask_c", "zoneout_h", "zoneout_c", "cell_clip", "proj_clip")
@@ -172,26 +172,105 @@ def test_no_slot_is_ignored(path: str, variation: str) -> None:
     outputs = ops.layer(varied, options, True)
     assert not torch.allclose(plain[0], outputs[0]) or not torch.allclose(plain[3], outputs[3])
     expected = reference.layer(varied, options, True)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(outputs, expected, strict=True))
+    for ours, theirs in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
-def _vary(a: Arguments, variation: str) -> tuple[Arguments, Options]:
+def _vary(a: Arguments, *variations: str) -> tuple[Arguments, Options]:
     steps, batch, _ = a.x.shape
-    hidden = a.weight_hh[0].size(0) // 4
-    if variation == "peephole":
-        return a._replace(peephole=[torch.randn(3, hidden, dtype=a.x.dtype)]), Options()
-    if variation == "norm":
-        shape = (5, hidden)
-        gain, shift = torch.rand(shape, dtype=a.x.dtype) + 0.5, torch.randn(shape, dtype=a.x.dtype)
-        return a._replace(norm_gain=[gain], norm_shift=[shift]), Options()
-    if variation.endswith("clip"):
-        return a, Options(**{variation: 0.1})
-    share = torch.rand(1, steps, batch, hidden, dtype=a.x.dtype)
-    return a._replace(**{variation: share}), Options()
+    directions, rows, outputs = len(a.weight_hh), *a.weight_hh[0].shape
+    options: dict[str, Any] = {}
+    for variation in variations:
+        name, _, steps_of = variation.partition(" ")
+        if name == "peephole":
+            peephole = [torch.randn(3, rows // 4, dtype=a.x.dtype) for _ in range(directions)]
+            a = a._replace(peephole=[p.requires_grad_(a.x.requires_grad) for p in peephole])
+        elif name == "norm":
+            gain, shift = (
+                torch.rand(5, rows // 4, dtype=a.x.dtype) + 0.5,
+                torch.randn(5, rows // 4, dtype=a.x.dtype),
+            )
+            a = a._replace(norm_gain=[gain], norm_shift=[shift])
+        elif name.endswith("clip"):
+            options[name] = 0.1
+        elif name in ACTIVATIONS:
+            options["activation"] = name
+        else:
+            size = rows // 4 if name.endswith("_c") else outputs
+            shape = (directions, 1 if steps_of else steps, batch, size)
+            value = torch.rand(shape, dtype=a.x.dtype)
+            a = a._replace(**{name: value if name.startswith("zoneout") else (value > 0.4) * (2 * value)})
+    return a, Options(**options)
+
+
+# What the kernels serve, alone and together; "once" is one mask for all steps.
+SERVED = [
+    *(
+        ("lstm", name)
+        for name in ("peephole", "cell_clip", "mask_h", "mask_c", "relu", "sigmoid", "identity")
+    ),
+    ("lstm", "mask_h once", "mask_c"),
+    ("lstm", "mask_h", "mask_c once", "peephole", "cell_clip", "relu"),
+    *((cell, name) for cell in ("gru", "gru_reset_before", "rnn") for name in ("mask_h", "relu", "sigmoid")),
+    *((cell, "mask_h once", "identity") for cell in ("gru", "gru_reset_before", "rnn")),
+]
+
+
+@pytest.mark.parametrize("form", ["one way", "reverse", "both ways", "ragged"])
+@pytest.mark.parametrize(
+    ("cell", "projection", "variations"),
+    [(row[0], p, row[1:]) for row in SERVED for p in ((0, 4, 19) if row[0] == "lstm" else (0,))],
+    ids=str,
+)
+def test_variations_match_reference(
+    path: str, cell: str, variations: tuple[str, ...], projection: int, form: str
+) -> None:
+    steps, batch = 6, 5
+    a = arguments(cell, (steps, batch, 3, 17), 2 if form == "both ways" else 1, projection)
+    if form in ("ragged", "both ways"):
+        a = a._replace(lengths=torch.randint(0, steps + 1, (batch,)), resets=torch.rand(steps, batch) < 0.3)
+    a, options = _vary(a, *variations, *(["proj_clip"] if projection else []))
+    options = Options(**{**vars(options), "cell": cell, "reverse": form == "reverse"})
+    exact = results(a, options, reference.layer)
+    for ours, theirs in zip(results(a, options, ops.layer), exact, strict=True):
+        torch.testing.assert_close(ours, theirs)  # In float64 no value is at a kink or a bound.
+    with torch.no_grad():
+        for ours, theirs in zip(ops.layer(a, options, True), exact, strict=False):
+            torch.testing.assert_close(ours, theirs)
+    single = Arguments._make(_cast(value, torch.float32) for value in a)
+    with torch.no_grad():
+        theirs = reference.layer(single, options, True)
+        assert_close_to_f64(ops.layer(single, options, True), theirs, exact[:4], torch.float32)
+
+
+def test_variations_do_not_depend_on_the_team(path: str) -> None:
+    # 130 units and 40 rows are shared out by rows or units; the sums are the same to the bit.
+    a = arguments("lstm", (5, 40, 8, 130), 1, 50, lengths=torch.randint(0, 6, (40,)))
+    a, options = _vary(a, "mask_h", "mask_c", "peephole", "cell_clip", "proj_clip")
+    many = results(a, options, ops.layer)
+    with one_thread():
+        for ours, theirs in zip(many, results(a, options, ops.layer), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_a_gradient_passes_a_clip_at_its_bound(path: str) -> None:
+    # c is 0 in every step, and so is the bound: the clamp of torch lets the gradient through.
+    a = arguments("lstm", (3, 2, 4, 5))
+    a = Arguments._make(torch.zeros_like(v).requires_grad_() if isinstance(v, Tensor) else v for v in a)
+    a = a._replace(weight_ih=[torch.zeros(20, 4, dtype=torch.float64, requires_grad=True)])
+    a = a._replace(
+        bias_ih=[torch.zeros(20, dtype=torch.float64, requires_grad=True)],
+        bias_hh=[torch.zeros(20, dtype=torch.float64, requires_grad=True)],
+    )
+    options = Options(cell_clip=0.0)
+    exact = results(a, options, reference.layer)
+    assert exact[8].any()
+    for ours, theirs in zip(results(a, options, ops.layer), exact, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.skipif(_native.WHY_NOT is not None, reason="needs the kernels")
-@pytest.mark.parametrize("variation", VARIATIONS)
+@pytest.mark.parametrize("variation", ["norm", "zoneout_h", "zoneout_c"])
 def test_kernels_refuse_what_they_do_not_serve(variation: str) -> None:
     a = arguments("lstm", projection=4 if variation == "proj_clip" else 0, requires_grad=False)
     a, options = _vary(a, variation)
@@ -221,8 +300,8 @@ def test_peephole_and_clip_follow_the_equations() -> None:
     i, f = torch.sigmoid(tensor(0.1 - 1.0)), torch.sigmoid(tensor(0.2 - 2.0))
     c = (f * -1.0 + i * torch.tanh(tensor(0.3))).clamp(-0.05, 0.05)
     o = torch.sigmoid(0.4 + 3.0 * c)
-    assert torch.equal(c_n.flatten(), c)
-    assert torch.equal(h_n.flatten(), o * torch.tanh(c))
+    torch.testing.assert_close(c_n.flatten(), c)
+    torch.testing.assert_close(h_n.flatten(), o * torch.tanh(c))
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -8,6 +8,7 @@ lines, because all of these change together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -164,18 +165,7 @@ def scalars(options: Options) -> tuple[Any, ...]:
 
 def reference_only(a: Arguments, options: Options) -> bool:
     """Whether no kernel serves the call: an unserved variation, or a transform that the ops do not know."""
-    return bool(
-        a.peephole
-        or a.norm_gain
-        or a.mask_h is not None
-        or a.mask_c is not None
-        or a.zoneout_h is not None
-        or a.zoneout_c is not None
-        or options.cell_clip is not None
-        or options.proj_clip is not None
-        or options.activation not in (("tanh", "relu") if options.cell == "rnn" else ("tanh",))
-        or transformed()
-    )
+    return bool(a.norm_gain or a.zoneout_h is not None or a.zoneout_c is not None or transformed())
 
 
 def requires_grad(a: Arguments) -> bool:
@@ -291,9 +281,13 @@ def _layer_infer_fake(*args: Any) -> tuple[Tensor, ...]:
 def _layer_fake(*args: Any) -> tuple[Tensor, ...]:
     a, options = _unflatten(args)
     steps, batch, _ = a.x.shape
-    directions, hidden, _ = _sizes(a, options)
+    directions, hidden, outputs = _sizes(a, options)
     wide = torch.promote_types(a.x.dtype, torch.float32)
-    tape = a.x.new_empty(directions, steps, batch, CELLS[options.cell].tape * hidden, dtype=wide)
+    # The last part is the projection before it is clipped.
+    bound = math.inf if options.proj_clip is None else options.proj_clip
+    clipped = outputs if bound <= torch.finfo(wide).max else 0
+    size = CELLS[options.cell].tape * hidden + clipped
+    tape = a.x.new_empty(directions, steps, batch, size, dtype=wide)
     return (*_layer_infer_fake(*args), tape)
 
 

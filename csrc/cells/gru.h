@@ -2,7 +2,7 @@
 // arXiv:1406.1078, eq. 5-8; TensorFlow). z keeps the old state in both.
 #pragma once
 
-#include "cells/math.h"
+#include "cells/policies.h"
 
 namespace torchrnn {
 inline namespace RNN_ISA {
@@ -22,18 +22,22 @@ struct Gru {
   struct State { T h, c; };
 
   // wx = W x + b_ih, and b_hh too in r and z; rh = R h, and b_hh too in n.
-  RNN_FN static State forward(const T (&wx)[kGates], const T (&rh)[kGates], State prev, T (&tape)[kTape]) {
+  template <typename Policy>
+  RNN_FN static State forward(const Policy& policy, const T (&wx)[kGates], const T (&rh)[kGates], State prev,
+                              T (&tape)[kTape]) {
     const T r = sigmoid(wx[0] + rh[0]);
     const T z = sigmoid(wx[1] + rh[1]);
-    const T n = tanh_(wx[2] + r * rh[2]);
+    const T n = policy.activate(wx[2] + r * rh[2]);
     tape[0] = r, tape[1] = z, tape[2] = n, tape[3] = rh[2];
     return {n + z * (prev.h - n), prev.c};
   }
 
-  RNN_FN static State backward(const T (&tape)[kTape], State prev, State dnext, T (&d)[kGateGrads]) {
+  template <typename Policy>
+  RNN_FN static State backward(const Policy& policy, const T (&tape)[kTape], State prev, State dnext,
+                               T (&d)[kGateGrads]) {
     const T one(1);
     const T r = tape[0], z = tape[1], n = tape[2], rhn = tape[3];
-    const T dn = dnext.h * (one - z) * (one - n * n);
+    const T dn = policy.through(n, dnext.h * (one - z));
     d[0] = dn * r;
     d[1] = dn * rhn * r * (one - r);
     d[2] = dnext.h * (prev.h - n) * z * (one - z);
@@ -60,14 +64,18 @@ struct GruResetBefore {
     r = sigmoid(wx[0] + rh[0]);
     z = sigmoid(wx[1] + rh[1]);
   }
-  RNN_FN static T candidate(T wx, T rh) { return tanh_(wx + rh); }
+  template <typename Policy>
+  RNN_FN static T candidate(const Policy& policy, T wx, T rh) {
+    return policy.activate(wx + rh);
+  }
   RNN_FN static T output(T z, T n, T h_prev) { return n + z * (h_prev - n); }
 
   // First half: gradients by the sums of z and n. Second half, with q = R_n' dn: by the sum of r.
-  RNN_FN static void backward(T z, T n, T h_prev, T dh, T& dz, T& dn) {
+  template <typename Policy>
+  RNN_FN static void backward(const Policy& policy, T z, T n, T h_prev, T dh, T& dz, T& dn) {
     const T one(1);
     dz = dh * (h_prev - n) * z * (one - z);
-    dn = dh * (one - z) * (one - n * n);
+    dn = policy.through(n, dh * (one - z));
   }
   RNN_FN static T backward_reset(T r, T h_prev, T q) { return q * h_prev * r * (T(1) - r); }
 };

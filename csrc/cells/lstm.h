@@ -1,7 +1,7 @@
 // LSTM, one hidden unit, one step (Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000).
 #pragma once
 
-#include "cells/math.h"
+#include "cells/policies.h"
 
 namespace torchrnn {
 inline namespace RNN_ISA {
@@ -21,31 +21,45 @@ struct Lstm {
   struct State { T h, c; };
 
   // wx = W x + b_ih + b_hh, rh = R h.
-  RNN_FN static State forward(const T (&wx)[kGates], const T (&rh)[kGates], State prev, T (&tape)[kTape]) {
-    const T i = sigmoid(wx[0] + rh[0]);
-    const T f = sigmoid(wx[1] + rh[1]);
-    const T g = tanh_(wx[2] + rh[2]);
-    const T o = sigmoid(wx[3] + rh[3]);
-    const T c = f * prev.c + i * g;
+  template <typename Policy>
+  RNN_FN static State forward(const Policy& policy, const T (&wx)[kGates], const T (&rh)[kGates], State prev,
+                              T (&tape)[kTape]) {
+    T sum_i = wx[0] + rh[0], sum_f = wx[1] + rh[1], sum_o = wx[3] + rh[3];
+    policy.see_old(prev.c, sum_i, sum_f);
+    const T i = sigmoid(sum_i);
+    const T f = sigmoid(sum_f);
+    const T g = policy.activate(wx[2] + rh[2]);
+    const T c = policy.clip(f * prev.c + i * g);
+    policy.see_new(c, sum_o);
+    const T o = sigmoid(sum_o);
     tape[0] = i, tape[1] = f, tape[2] = g, tape[3] = o, tape[4] = c;
-    return {o * tanh_(c), c};
+    return {o * policy.activate(c), c};
   }
 
   // The new h, from the tape.
-  RNN_FN static T output(const T (&tape)[kTape]) { return tape[3] * tanh_(tape[4]); }
+  template <typename Policy>
+  RNN_FN static T output(const Policy& policy, const T (&tape)[kTape]) {
+    return tape[3] * policy.activate(tape[4]);
+  }
 
   // From the gradients by the new state to those by the gate sums (d) and, returned, by the previous state
   // except what goes through R.
-  RNN_FN static State backward(const T (&tape)[kTape], State prev, State dnext, T (&d)[kGateGrads]) {
+  template <typename Policy>
+  RNN_FN static State backward(const Policy& policy, const T (&tape)[kTape], State prev, State dnext,
+                               T (&d)[kGateGrads]) {
     const T one(1);
     const T i = tape[0], f = tape[1], g = tape[2], o = tape[3];
-    const T u = tanh_(tape[4]);
-    const T dc = dnext.c + dnext.h * o * (one - u * u);
+    const T u = policy.activate(tape[4]);
+    d[3] = dnext.h * u * o * (one - o);
+    T dc = dnext.c + policy.through(u, dnext.h * o);
+    policy.seen_new(d[3], dc);
+    dc = policy.clipped(f * prev.c + i * g, dc);
     d[0] = dc * g * i * (one - i);
     d[1] = dc * prev.c * f * (one - f);
-    d[2] = dc * i * (one - g * g);
-    d[3] = dnext.h * u * o * (one - o);
-    return {T(0), dc * f};
+    d[2] = policy.through(g, dc * i);
+    T dc_prev = dc * f;
+    policy.seen_old(d[0], d[1], dc_prev);
+    return {T(0), dc_prev};
   }
 };
 

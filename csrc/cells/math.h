@@ -27,6 +27,16 @@ RNN_FN double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
 RNN_FN float relu(float x) { return x < 0.0f ? 0.0f : x; }
 RNN_FN double relu(double x) { return x < 0.0 ? 0.0 : x; }
 
+// The smaller, the larger of x and bound; a NaN x stays one.
+RNN_FN float at_most(float x, float bound) { return x > bound ? bound : x; }
+RNN_FN double at_most(double x, double bound) { return x > bound ? bound : x; }
+RNN_FN float at_least(float x, float bound) { return x < bound ? bound : x; }
+RNN_FN double at_least(double x, double bound) { return x < bound ? bound : x; }
+
+// d where |x| <= bound, else 0: the gradient through a clip.
+RNN_FN float where_within(float x, float bound, float d) { return x <= bound && x >= -bound ? d : 0.0f; }
+RNN_FN double where_within(double x, double bound, double d) { return x <= bound && x >= -bound ? d : 0.0; }
+
 // dy where y > 0, else 0: the derivative of relu at 0 is 0.
 RNN_FN float relu_grad(float y, float dy) { return y > 0.0f ? dy : 0.0f; }
 RNN_FN double relu_grad(double y, double dy) { return y > 0.0 ? dy : 0.0; }

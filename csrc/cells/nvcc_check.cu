@@ -8,13 +8,19 @@
 
 namespace torchrnn {
 
+template <typename T>
+__device__ Varied<T> varied(const T* in) {
+  return {Activation(in[0] > 0), true, true, in[1], in[2], in[3], in[4]};
+}
+
 template <typename Cell, typename T>
 __global__ void cell_check(const T* in, T* out) {
+  const Varied<T> policy = varied(in);
   T wx[Cell::kGates], rh[Cell::kGates], tape[Cell::kTape], d[Cell::kGateGrads];
   for (int g = 0; g < Cell::kGates; ++g) wx[g] = in[g], rh[g] = in[Cell::kGates + g];
   const typename Cell::State prev{in[0], in[1]};
-  const typename Cell::State next = Cell::forward(wx, rh, prev, tape);
-  const typename Cell::State dprev = Cell::backward(tape, prev, next, d);
+  const typename Cell::State next = Cell::forward(policy, wx, rh, prev, tape);
+  const typename Cell::State dprev = Cell::backward(policy, tape, prev, next, d);
   out[0] = next.h + next.c + dprev.h + dprev.c;
   for (int g = 0; g < Cell::kGateGrads; ++g) out[1 + g] = d[g];
 }
@@ -22,11 +28,12 @@ __global__ void cell_check(const T* in, T* out) {
 template <typename T>
 __global__ void reset_before_check(const T* in, T* out) {
   using Cell = GruResetBefore<T>;
+  const Plain policy;
   const T wx[2] = {in[0], in[1]}, rh[2] = {in[2], in[3]};
   T r, z, dz, dn;
   Cell::gates(wx, rh, r, z);
-  const T n = Cell::candidate(in[4], r * in[5]);
-  Cell::backward(z, n, in[5], Cell::output(z, n, in[5]), dz, dn);
+  const T n = Cell::candidate(policy, in[4], r * in[5]);
+  Cell::backward(policy, z, n, in[5], Cell::output(z, n, in[5]), dz, dn);
   out[0] = dz, out[1] = dn, out[2] = Cell::backward_reset(r, in[5], dn);
 }
 
@@ -34,10 +41,8 @@ template __global__ void cell_check<Lstm<float>>(const float*, float*);
 template __global__ void cell_check<Lstm<double>>(const double*, double*);
 template __global__ void cell_check<Gru<float>>(const float*, float*);
 template __global__ void cell_check<Gru<double>>(const double*, double*);
-template __global__ void cell_check<RnnTanh<float>>(const float*, float*);
-template __global__ void cell_check<RnnTanh<double>>(const double*, double*);
-template __global__ void cell_check<RnnRelu<float>>(const float*, float*);
-template __global__ void cell_check<RnnRelu<double>>(const double*, double*);
+template __global__ void cell_check<Rnn<float>>(const float*, float*);
+template __global__ void cell_check<Rnn<double>>(const double*, double*);
 template __global__ void reset_before_check(const float*, float*);
 template __global__ void reset_before_check(const double*, double*);
 

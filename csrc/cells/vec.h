@@ -176,28 +176,26 @@ RNN_FN void transpose(Vec<T, N> (&block)[N]) {
 
 // The smaller, the larger of x and bound; a NaN x stays one. GCC makes two instructions of the comparison.
 template <typename T, int N>
-RNN_FN Vec<T, N> at_most(Vec<T, N> x, T bound) {
-  const Vec<T, N> b(bound);
+RNN_FN Vec<T, N> at_most(Vec<T, N> x, Vec<T, N> bound) {
 #ifdef __x86_64__
   if constexpr (sizeof(T) == sizeof(float) && N * sizeof(T) >= 32) {
-    asm("vminps %1, %2, %0" : "=v"(x.v) : "v"(x.v), "v"(b.v));
+    asm("vminps %1, %2, %0" : "=v"(x.v) : "v"(x.v), "v"(bound.v));
     return x;
   }
 #endif
-  x.v = x.v > b.v ? b.v : x.v;
+  x.v = x.v > bound.v ? bound.v : x.v;
   return x;
 }
 
 template <typename T, int N>
-RNN_FN Vec<T, N> at_least(Vec<T, N> x, T bound) {
-  const Vec<T, N> b(bound);
+RNN_FN Vec<T, N> at_least(Vec<T, N> x, Vec<T, N> bound) {
 #ifdef __x86_64__
   if constexpr (sizeof(T) == sizeof(float) && N * sizeof(T) >= 32) {
-    asm("vmaxps %1, %2, %0" : "=v"(x.v) : "v"(x.v), "v"(b.v));
+    asm("vmaxps %1, %2, %0" : "=v"(x.v) : "v"(x.v), "v"(bound.v));
     return x;
   }
 #endif
-  x.v = x.v < b.v ? b.v : x.v;
+  x.v = x.v < bound.v ? bound.v : x.v;
   return x;
 }
 
@@ -229,9 +227,9 @@ RNN_FN void exp_parts(Vec<T, N> y, Vec<T, N>& scale, Vec<T, N>& p) {
 template <typename T, int N>
 RNN_FN Vec<T, N> sigmoid(Vec<T, N> x) {
   using V = Vec<T, N>;
-  constexpr T kMax = VecConstants<T>::kSigmoidMax;
+  const V most(VecConstants<T>::kSigmoidMax);
   V scale, p;
-  exp_parts(-at_least(at_most(x, kMax), -kMax), scale, p);
+  exp_parts(-at_least(at_most(x, most), -most), scale, p);
   const V one(T(1));
   return one / ((one + scale) + scale * p);
 }
@@ -250,7 +248,7 @@ RNN_FN Vec<T, N> tanh_(Vec<T, N> x) {
   bits ^= sign;
   V magnitude, scale, p;
   memcpy(&magnitude.v, &bits, sizeof bits);
-  magnitude = at_most(magnitude, K::kTanhMax);
+  magnitude = at_most(magnitude, V(K::kTanhMax));
   exp_parts(magnitude + magnitude, scale, p);
   const V minus1 = (scale - one) + scale * p;
   const auto small = magnitude.v < V(T(0.5)).v;
@@ -269,6 +267,14 @@ RNN_FN Vec<T, N> relu(Vec<T, N> x) {
   const typename Vec<T, N>::Raw zero{};
   x.v = x.v < zero ? zero : x.v;
   return x;
+}
+
+template <typename T, int N>
+RNN_FN Vec<T, N> where_within(Vec<T, N> x, Vec<T, N> bound, Vec<T, N> d) {
+  const typename Vec<T, N>::Raw zero{};
+  d.v = x.v <= bound.v ? d.v : zero;
+  d.v = x.v >= -bound.v ? d.v : zero;
+  return d;
 }
 
 template <typename T, int N>

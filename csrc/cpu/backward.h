@@ -28,12 +28,20 @@ struct BackwardRow {
   T* dh;            // [R], projection: the whole gradient by this step's output
   T* aside;  // [H], the left-hand rows of the second product's weight gradient: r * h, or h before projection
   bool cut;  // nothing goes to the previous step
+  // With masks only; null where there is none.
+  const T* mask_h;       // [R], of this step
+  const T* mask_c;       // [H], of this step
+  const T* mask_h_prev;  // [R], of the previous step: h_prev is y times it
+  const T* mask_c_prev;  // [H]
+  const T* y_prev;       // [R]
 };
 
-template <typename T, template <typename> class CellOf>
+template <typename T, template <typename> class CellOf, typename Policy_>
 struct Backward {
   using V = VecOf<T>;
   using C = CellOf<V>;
+  using Policy = Policy_;
+  static constexpr bool kVaried = Policy::kVaried;
   static constexpr int N = V::kSize;
   static constexpr int G = C::kGates;
   static constexpr int D = C::kGateGrads;
@@ -46,13 +54,15 @@ struct Backward {
   struct State {
     Rows rows;
     Matrix recurrent, second, input;
-    T* dgates;   // [chunk + 1, B, D*H], of step s at s % (chunk + 1), as the next two
-    T* dh;       // [chunk + 1, B, R], projection only
-    T* aside;    // [chunk + 1, B, H], GruResetBefore and projection only
-    T* dx;       // [T, B, I]; of direction 1 apart, to be added at the end
-    T* carry_h;  // [B, R]
-    T* carry_c;  // [B, H]
-    T* bias;     // [D*H], sums of the gate gradients
+    T* dgates;    // [chunk + 1, B, D*H], of step s at s % (chunk + 1), as the next two
+    T* dh;        // [chunk + 1, B, R], projection only
+    T* aside;     // [chunk + 1, B, H], GruResetBefore and projection only
+    T* carried;   // [chunk + 1, B, R], mask_h only: the h that step s starts from
+    T* dx;        // [T, B, I]; of direction 1 apart, to be added at the end
+    T* carry_h;   // [B, R]
+    T* carry_c;   // [B, H]
+    T* bias;      // [D*H], sums of the gate gradients
+    T* peephole;  // [3*H], sums of gate gradients times c
   };
 
   const BackwardParams<T>& q;
@@ -72,13 +82,20 @@ struct Backward {
     return p.y + at(t, b) * p.directions * p.outputs + d * p.outputs;
   }
   const T* tape(int d, int64_t t, int64_t b) const {
-    return p.tape + (d * p.steps * p.batch + at(t, b)) * C::kTape * p.hidden;
+    return p.tape + (d * p.steps * p.batch + at(t, b)) * tape_size<C>(p);
   }
 
   int64_t slot(int64_t s, int64_t b) const { return s % (chunk + 1) * p.batch + b; }
   T* dgates(int d, int64_t s, int64_t b) const { return state[d].dgates + slot(s, b) * D * p.hidden; }
   T* dh(int d, int64_t s, int64_t b) const { return state[d].dh + slot(s, b) * p.outputs; }
   T* aside(int d, int64_t s, int64_t b) const { return state[d].aside + slot(s, b) * p.hidden; }
+  T* carried(int d, int64_t s, int64_t b) const { return state[d].carried + slot(s, b) * p.outputs; }
+  const T* mask_h(int d, int64_t t, int64_t b) const {
+    return mask_row(p.mask_h, p.mask_h_steps, d, t, p.batch, b, p.outputs);
+  }
+  const T* mask_c(int d, int64_t t, int64_t b) const {
+    return mask_row(p.mask_c, p.mask_c_steps, d, t, p.batch, b, p.hidden);
+  }
 
   // A row's initial state.
   const T* initial(const T* states, int d, int64_t b, int64_t size) const {
@@ -123,16 +140,19 @@ struct Backward {
     s.dgates = arena.template get<T>(slots * D * H);
     if (p.projected) s.dh = arena.template get<T>(slots * p.outputs);
     if (has_second()) s.aside = arena.template get<T>(slots * H);
+    if (kVaried && p.mask_h != nullptr) s.carried = arena.template get<T>(slots * p.outputs);
     s.dx = q.dx == nullptr || d == 0 ? q.dx : arena.template get<T>(rows * p.inputs);
     s.carry_h = arena.template get<T>(p.batch * p.outputs);
     s.carry_c = arena.template get<T>(p.batch * H);
     s.bias = arena.template get<T>(D * H);
+    s.peephole = arena.template get<T>(3 * H);
     const auto fill = [](T* to, const T* from, int64_t count) {
       for (int64_t i = 0; i < count; ++i) to[i] = from == nullptr ? T(0) : from[i];
     };
     fill(s.carry_h, q.dh_n == nullptr ? nullptr : q.dh_n + d * p.batch * p.outputs, p.batch * p.outputs);
     fill(s.carry_c, q.dc_n == nullptr ? nullptr : q.dc_n + d * p.batch * H, p.batch * H);
     fill(s.bias, nullptr, D * H);
+    fill(s.peephole, nullptr, 3 * H);
   }
 
   int useful_threads(int threads) const {
@@ -174,7 +194,7 @@ struct Backward {
       direction_barriers[d].wait(slice.size());
     }
     thread.first_states();
-    if (weights) weights->store_bias();
+    if (weights) weights->store_vectors();
   }
 
   static void pack(const Matrix& matrix, const Slice& slice) {
@@ -319,6 +339,14 @@ struct Backward {
         row.carry_c = state.carry_c + b * p.hidden;
         if (p.projected) row.dh = f.dh(d, s, b);
         if (f.has_second()) row.aside = f.aside(d, s, b);
+        if constexpr (kVaried) {
+          const bool follows = s > 0 && !row.cut;
+          row.mask_h = f.mask_h(d, t, b), row.mask_c = f.mask_c(d, t, b);
+          row.mask_h_prev = follows ? f.mask_h(d, t_prev, b) : nullptr;
+          row.mask_c_prev = follows ? f.mask_c(d, t_prev, b) : nullptr;
+          row.y_prev = row.h_prev;
+          if (row.mask_h_prev != nullptr) row.h_prev = f.carried(d, s, b);
+        }
       }
     }
 
@@ -331,11 +359,20 @@ struct Backward {
     RNN_FN void first(int64_t i, V sum, int64_t unit, Lanes m) {
       const BackwardRow<T>& row = step[i];
       V dh = sum + V::load(row.carry_h + unit, m);
+      if constexpr (kVaried) {
+        if (row.mask_h != nullptr) dh = dh * V::load(row.mask_h + unit, m);
+        if (row.mask_h_prev != nullptr)
+          (V::load(row.y_prev + unit, m) * V::load(row.mask_h_prev + unit, m))
+              .store(const_cast<T*>(row.h_prev) + unit, m);
+      }
       if (row.dy != nullptr) dh += V::load(row.dy + unit, m);
+      if (kVaried && __builtin_isfinite(p.proj_clip))
+        dh = where_within(V::load(row.tape + C::kTape * p.hidden + unit, m), V(p.proj_clip), dh);
       if constexpr (kTwoHalves) {
         const V z = V::load(row.tape + p.hidden + unit, m), n = V::load(row.tape + 2 * p.hidden + unit, m);
         V dz, dn;
-        C::backward(z, n, V::load(row.h_prev + unit, m), dh, dz, dn);
+        const Policy policy = policy_at<Policy, V>(p, d, unit, m);
+        C::backward(policy, z, n, V::load(row.h_prev + unit, m), dh, dz, dn);
         dz.store(row.dgates + p.hidden + unit, m);
         dn.store(row.dgates + 2 * p.hidden + unit, m);
         (dh * z).store(row.carry_h + unit, m);
@@ -372,15 +409,20 @@ struct Backward {
         if (C::kMemory >= 0) {
           prev.c = V::load(row.c_prev + unit, m);
           dnext.c = V::load(row.carry_c + unit, m);
+          if constexpr (kVaried) {
+            if (row.mask_c_prev != nullptr) prev.c = prev.c * V::load(row.mask_c_prev + unit, m);
+            if (row.mask_c != nullptr) dnext.c = dnext.c * V::load(row.mask_c + unit, m);
+          }
           if (row.dc_all != nullptr) dnext.c += V::load(row.dc_all + unit, m);
         }
-        typename C::State dprev = C::backward(tape, prev, dnext, dgates);
+        const Policy policy = policy_at<Policy, V>(p, d, unit, m);
+        typename C::State dprev = C::backward(policy, tape, prev, dnext, dgates);
 #pragma GCC unroll 8
         for (int k = 0; k < D; ++k) dgates[k].store(row.dgates + k * p.hidden + unit, m);
         if (row.cut) dprev = {V(T(0)), V(T(0))};
         if (C::kMemory >= 0) dprev.c.store(row.carry_c + unit, m);
         if constexpr (C::kMemory >= 0) {
-          if (p.projected) return C::output(tape).store(row.aside + unit, m);
+          if (p.projected) return C::output(policy, tape).store(row.aside + unit, m);
         }
         dprev.h.store(row.carry_h + unit, m);
       }
@@ -404,13 +446,14 @@ struct Backward {
   };
 };
 
-template <typename T, template <typename> class CellOf>
+template <typename T, template <typename> class CellOf, typename Policy = Plain>
 void run_backward(const BackwardParams<T>& p, int threads, cpu::RunTeam run_team) {
+  using B = Backward<T, CellOf, Policy>;
   Arena arena;
-  Backward<T, CellOf> backward(p, threads, arena);
+  B backward(p, threads, arena);
   run_team(
-      backward.useful_threads(threads),
-      [](void* f, int id, int size) { static_cast<Backward<T, CellOf>*>(f)->run(id, size); }, &backward);
+      backward.useful_threads(threads), [](void* f, int id, int size) { static_cast<B*>(f)->run(id, size); },
+      &backward);
 }
 
 }  // namespace RNN_ISA

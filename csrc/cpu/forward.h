@@ -36,8 +36,12 @@ struct StepRow {
   T* h;             // [H], the cell's output
   T* y;             // [R], the layer's output: h itself if there is no projection
   T* c;             // [H]
-  T* tape;          // [kTape*H] or null
+  T* tape;          // [kTape*H], and more, or null
   T* c_out;         // [H] in c_all, or null
+  // With masks only.
+  const T* mask_h;  // [R] or null
+  const T* mask_c;  // [H] or null
+  T* carried;       // [R], h times its mask
 };
 
 // Everything the threads of one direction share.
@@ -49,13 +53,56 @@ struct ForwardState {
   T* reset_h;     // [B, H], GruResetBefore: r * h
   T* update;      // [B, H], GruResetBefore in inference: z
   T* cell_out;    // [B, H], projection: h before it
+  T* carried;     // [2, B, R], mask_h: of step s at s % 2
   int64_t chunk;  // steps whose input projection is made at a time
 };
 
-template <typename T, template <typename> class CellOf>
+// The variations of a cell at one vector of hidden units.
+template <typename Policy, typename V, typename T, typename Lanes>
+RNN_FN Policy policy_at(const LayerParams<T>& p, int d, int64_t unit, Lanes m) {
+  Policy policy{};
+  if constexpr (Policy::kVaried) {
+    const T* peephole = p.weights[d].peephole;
+    policy.activation = p.activation;
+    policy.peeps = peephole != nullptr;
+    if (policy.peeps) {
+      policy.peep_i = V::load(peephole + unit, m);
+      policy.peep_f = V::load(peephole + p.hidden + unit, m);
+      policy.peep_o = V::load(peephole + 2 * p.hidden + unit, m);
+    }
+    policy.clips = __builtin_isfinite(p.cell_clip);
+    policy.bound = V(p.cell_clip);
+  }
+  return policy;
+}
+
+// Whether a call has a variation that only this policy knows.
+template <typename T>
+bool is_varied(const LayerParams<T>& p) {
+  const bool known =
+      p.activation == Activation::kTanh || (p.cell == Cell::kRnn && p.activation == Activation::kRelu);
+  return !known || p.weights[0].peephole != nullptr || __builtin_isfinite(p.cell_clip) ||
+         __builtin_isfinite(p.proj_clip) || p.mask_h != nullptr || p.mask_c != nullptr;
+}
+
+// Values that a row of the tape has.
+template <typename C, typename T>
+int64_t tape_size(const LayerParams<T>& p) {
+  return C::kTape * p.hidden + (__builtin_isfinite(p.proj_clip) ? p.outputs : 0);
+}
+
+// One row's mask at time t, or null.
+template <typename T>
+RNN_FN const T* mask_row(const T* mask, int64_t steps, int64_t d, int64_t t, int64_t batch, int64_t b,
+                         int64_t size) {
+  return mask == nullptr ? nullptr : mask + ((d * steps + (steps == 1 ? 0 : t)) * batch + b) * size;
+}
+
+template <typename T, template <typename> class CellOf, typename Policy>
 struct Forward {
   using V = VecOf<T>;
   using C = CellOf<V>;
+  static constexpr bool kVaried = Policy::kVaried;
   static constexpr int N = V::kSize;
   static constexpr int G = C::kGates;
   using W = Weights<T, CellOf>;
@@ -77,7 +124,10 @@ struct Forward {
   int64_t y_stride() const { return p.directions * p.outputs; }
   T* y(int d, int64_t t, int64_t b) const { return p.y + (t * p.batch + b) * y_stride() + d * p.outputs; }
   T* tape(int d, int64_t t, int64_t b) const {
-    return p.tape + ((d * p.steps + t) * p.batch + b) * C::kTape * p.hidden;
+    return p.tape + ((d * p.steps + t) * p.batch + b) * tape_size<C>(p);
+  }
+  const T* mask_h(int d, int64_t t, int64_t b) const {
+    return mask_row(p.mask_h, p.mask_h_steps, d, t, p.batch, b, p.outputs);
   }
 
   Forward(const LayerParams<T>& params, int threads, Arena& arena) : p(params) {
@@ -115,6 +165,7 @@ struct Forward {
       if (kTwoHalves) s.reset_h = arena.template get<T>(p.batch * p.hidden);
       if (kTwoHalves && p.tape == nullptr) s.update = arena.template get<T>(p.batch * p.hidden);
       if (p.projected) s.cell_out = arena.template get<T>(p.batch * p.hidden);
+      if (kVaried && p.mask_h != nullptr) s.carried = arena.template get<T>(2 * p.batch * p.outputs);
     }
     for (int i = 0; i < threads; ++i) group_barriers[i] = Barrier();
     for (int64_t k = 0; k < widest; ++k) zeros[k] = T(0);
@@ -217,8 +268,11 @@ struct Forward {
       return state.wx + ((s % state.chunk) * p.batch + b) * G * p.hidden;
     }
 
+    T* carried(int64_t s, int64_t b) const { return state.carried + (s % 2 * p.batch + b) * p.outputs; }
+
     const T* h_prev(int64_t b, int64_t s) const {
       if (state.rows.cut(b, s, back)) return state.zeros;
+      if (s > 0 && kVaried && state.carried != nullptr) return carried(s - 1, b);
       if (s > 0) return f.y(d, state.rows.time(b, s - 1, back), b);
       return p.h0 == nullptr ? state.zeros : p.h0 + (d * p.batch + b) * p.outputs;
     }
@@ -275,6 +329,11 @@ struct Forward {
         row.h = p.projected ? state.cell_out + b * p.hidden : row.y;
         row.wx = added ? weights.bias_x : wx_row(s, b);
         row.tape = p.tape == nullptr ? nullptr : wx_row(s, b);
+        if constexpr (kVaried) {
+          row.mask_h = f.mask_h(d, t, b);
+          row.mask_c = mask_row(p.mask_c, p.mask_c_steps, d, t, p.batch, b, p.hidden);
+          if (row.mask_h != nullptr) row.carried = carried(s, b);
+        }
         if (C::kMemory < 0) continue;
         row.c = p.c_n + (d * p.batch + b) * p.hidden;
         row.c_prev = state.rows.cut(b, s, back) ? state.zeros : row.c;
@@ -297,12 +356,13 @@ struct Forward {
           for (int v = 0; v < U; ++v) {
             const int64_t unit = j * Recurrent::kUnits + v * N;
             V::with_lanes(p.hidden - unit, [&](auto m) {
+              const Policy policy = policy_at<Policy, V>(p, d, unit, m);
               const T* sums = acc + v * kFirst * N;
               for (int64_t i = i0; i < i0 + block; ++i, sums += Recurrent::kWidth) {
                 if constexpr (kTwoHalves)
                   reset_and_update(i, sums, unit, m);
                 else
-                  cell(i, sums, unit, m);
+                  cell(policy, i, sums, unit, m);
               }
             });
           }
@@ -311,7 +371,7 @@ struct Forward {
 
     // The cell on one vector of units of row i, whose recurrent sums are sums[G][N].
     template <typename Lanes>
-    RNN_FN void cell(int64_t i, const T* sums, int64_t unit, Lanes m) {
+    RNN_FN void cell(const Policy& policy, int64_t i, const T* sums, int64_t unit, Lanes m) {
       const StepRow<T>& row = step[i];
       V wx[G], rh[G], tape[C::kTape];
 #pragma GCC unroll 8
@@ -323,15 +383,25 @@ struct Forward {
       typename C::State prev{V(T(0)), V(T(0))};
       if (C::kReadsH) prev.h = V::load(left[i] + unit, m);
       if (C::kMemory >= 0) prev.c = V::load(row.c_prev + unit, m);
-      const typename C::State next = C::forward(wx, rh, prev, tape);
+      const typename C::State next = C::forward(policy, wx, rh, prev, tape);
       next.h.store(row.h + unit, m);
+      if (!p.projected) carry(row, next.h, unit, m);
       if (C::kMemory >= 0) {
-        next.c.store(row.c + unit, m);
+        V carried_c = next.c;
+        if (kVaried && row.mask_c != nullptr) carried_c = carried_c * V::load(row.mask_c + unit, m);
+        carried_c.store(row.c + unit, m);
         if (row.c_out != nullptr) next.c.store(row.c_out + unit, m);
       }
       if (row.tape == nullptr) return;
 #pragma GCC unroll 8
       for (int k = 0; k < C::kTape; ++k) tape[k].store(row.tape + k * p.hidden + unit, m);
+    }
+
+    // Hands an output on to the next step, if that is not to read it from y.
+    template <typename Lanes>
+    RNN_FN void carry(const StepRow<T>& row, V h, int64_t unit, Lanes m) {
+      if constexpr (kVaried)
+        if (row.mask_h != nullptr) (h * V::load(row.mask_h + unit, m)).store(row.carried + unit, m);
     }
 
     // GruResetBefore, first half: r and z, and r * h for the second product.
@@ -365,25 +435,35 @@ struct Forward {
           for (int v = 0; v < 4; ++v) {
             const int64_t unit = j * Second::kUnits + v * N;
             V::with_lanes(matrix.hidden - unit, [&](auto m) {
+              Policy policy{};
+              if constexpr (kTwoHalves) policy = policy_at<Policy, V>(p, d, unit, m);
               const T* sums = acc + v * N;
               for (int64_t i = i0; i < i0 + block; ++i, sums += Second::kWidth)
-                second_output(i, V::load(sums), unit, m);
+                second_output(policy, i, V::load(sums), unit, m);
             });
           }
         }
     }
 
     template <typename Lanes>
-    RNN_FN void second_output(int64_t i, V sum, int64_t unit, Lanes m) {
+    RNN_FN void second_output(const Policy& policy, int64_t i, V sum, int64_t unit, Lanes m) {
       if constexpr (kTwoHalves) {
         const StepRow<T>& row = step[i];
         const int64_t b = state.rows.order[slice.row(i)];
         const T* update = row.tape == nullptr ? state.update + b * p.hidden : row.tape + p.hidden;
-        const V n = C::candidate(V::load(row.wx + 2 * p.hidden + unit, m), sum);
-        C::output(V::load(update + unit, m), n, V::load(left[i] + unit, m)).store(row.y + unit, m);
+        const V n = C::candidate(policy, V::load(row.wx + 2 * p.hidden + unit, m), sum);
+        const V h = C::output(V::load(update + unit, m), n, V::load(left[i] + unit, m));
+        h.store(row.y + unit, m);
+        carry(row, h, unit, m);
         if (row.tape != nullptr) n.store(row.tape + 2 * p.hidden + unit, m);
       } else {
-        sum.store(step[i].y + unit, m);
+        const StepRow<T>& row = step[i];
+        if (kVaried && __builtin_isfinite(p.proj_clip)) {
+          if (row.tape != nullptr) sum.store(row.tape + C::kTape * p.hidden + unit, m);
+          sum = at_most(at_least(sum, V(-p.proj_clip)), V(p.proj_clip));
+        }
+        sum.store(row.y + unit, m);
+        carry(row, sum, unit, m);
       }
     }
 
@@ -395,9 +475,14 @@ struct Forward {
         const T* last = length > 0        ? f.y(d, state.rows.time(b, length - 1, back), b)
                         : p.h0 != nullptr ? p.h0 + (d * p.batch + b) * p.outputs
                                           : state.zeros;
-        memcpy(p.h_n + (d * p.batch + b) * p.outputs, last, p.outputs * sizeof(T));
+        T* h_n = p.h_n + (d * p.batch + b) * p.outputs;
+        memcpy(h_n, last, p.outputs * sizeof(T));
+        if (kVaried && p.mask_h != nullptr && length > 0) {
+          const T* mask = f.mask_h(d, state.rows.time(b, length - 1, back), b);
+          for (int64_t k = 0; k < p.outputs; ++k) h_n[k] *= mask[k];
+        }
         for (int64_t t = length; t < p.steps; ++t) {
-          if (p.tape != nullptr) memset(f.tape(d, t, b), 0, C::kTape * p.hidden * sizeof(T));
+          if (p.tape != nullptr) memset(f.tape(d, t, b), 0, tape_size<C>(p) * sizeof(T));
           memset(f.y(d, t, b), 0, p.outputs * sizeof(T));
           if (p.c_all != nullptr)
             memset(p.c_all + ((t * p.batch + b) * p.directions + d) * p.hidden, 0, p.hidden * sizeof(T));
@@ -407,14 +492,15 @@ struct Forward {
   };
 };
 
-template <typename T, template <typename> class CellOf>
+template <typename T, template <typename> class CellOf, typename Policy = Plain>
 void run_forward(const LayerParams<T>& p, int threads, cpu::RunTeam run_team) {
+  using F = Forward<T, CellOf, Policy>;
   if (p.batch == 0) return;
   Arena arena;
-  Forward<T, CellOf> forward(p, threads, arena);
+  F forward(p, threads, arena);
   run_team(
-      forward.useful_threads(threads),
-      [](void* f, int id, int size) { static_cast<Forward<T, CellOf>*>(f)->run(id, size); }, &forward);
+      forward.useful_threads(threads), [](void* f, int id, int size) { static_cast<F*>(f)->run(id, size); },
+      &forward);
 }
 
 }  // namespace RNN_ISA

@@ -8,50 +8,51 @@
 namespace torchrnn {
 inline namespace RNN_ISA {
 
-// One row per cell: what ops.py calls it, and its maths.
+template <template <typename> class C>
+struct CellType {};
+template <typename P>
+struct Type {};
+
+// Calls use(cell, policy) with the types that a call needs. One row per cell: what ops.py calls it, and its
+// maths.
+template <typename T, typename Use>
+auto with_cell(const LayerParams<T>& p, const Use& use) {
+  const bool varied = is_varied(p);
+  const auto either = [&](auto cell) {
+    return varied ? use(cell, Type<Varied<VecOf<T>>>()) : use(cell, Type<Plain>());
+  };
+  switch (p.cell) {
+    case Cell::kGru:
+      return either(CellType<Gru>());
+    case Cell::kGruResetBefore:
+      return either(CellType<GruResetBefore>());
+    case Cell::kRnn:
+      if (!varied && p.activation == Activation::kRelu) return use(CellType<Rnn>(), Type<Relu>());
+      return either(CellType<Rnn>());
+    default:
+      return either(CellType<Lstm>());
+  }
+}
+
 template <typename T>
 void forward(const LayerParams<T>& p, int threads, cpu::RunTeam run_team) {
-  switch (p.cell) {
-    case Cell::kLstm:
-      return run_forward<T, Lstm>(p, threads, run_team);
-    case Cell::kGru:
-      return run_forward<T, Gru>(p, threads, run_team);
-    case Cell::kGruResetBefore:
-      return run_forward<T, GruResetBefore>(p, threads, run_team);
-    case Cell::kRnn:
-      return p.activation == Activation::kRelu ? run_forward<T, RnnRelu>(p, threads, run_team)
-                                               : run_forward<T, RnnTanh>(p, threads, run_team);
-  }
+  with_cell(p, [&]<template <typename> class C, typename P>(CellType<C>, Type<P>) {
+    run_forward<T, C, P>(p, threads, run_team);
+  });
 }
 
 template <typename T>
 int64_t pack(const LayerParams<T>& p, T* out) {
-  switch (p.cell) {
-    case Cell::kLstm:
-      return Weights<T, Lstm>::pack_all(p, out);
-    case Cell::kGru:
-      return Weights<T, Gru>::pack_all(p, out);
-    case Cell::kGruResetBefore:
-      return Weights<T, GruResetBefore>::pack_all(p, out);
-    case Cell::kRnn:
-      return Weights<T, RnnTanh>::pack_all(p, out);
-  }
-  return 0;
+  return with_cell(p, [&]<template <typename> class C, typename P>(CellType<C>, Type<P>) {
+    return Weights<T, C>::pack_all(p, out);
+  });
 }
 
 template <typename T>
 void backward(const BackwardParams<T>& p, int threads, cpu::RunTeam run_team) {
-  switch (p.layer.cell) {
-    case Cell::kLstm:
-      return run_backward<T, Lstm>(p, threads, run_team);
-    case Cell::kGru:
-      return run_backward<T, Gru>(p, threads, run_team);
-    case Cell::kGruResetBefore:
-      return run_backward<T, GruResetBefore>(p, threads, run_team);
-    case Cell::kRnn:
-      return p.layer.activation == Activation::kRelu ? run_backward<T, RnnRelu>(p, threads, run_team)
-                                                     : run_backward<T, RnnTanh>(p, threads, run_team);
-  }
+  with_cell(p.layer, [&]<template <typename> class C, typename P>(CellType<C>, Type<P>) {
+    run_backward<T, C, P>(p, threads, run_team);
+  });
 }
 
 }  // namespace RNN_ISA

@@ -198,6 +198,12 @@ void set_sequences(LayerParams<T>& p, Widened<T>& wide, const MaybeTensor& lengt
   p.resets = wide.template dense_as<bool>(resets, ScalarType::Bool);
 }
 
+// A bound as the kernels have it: infinity is none, also one beyond all numbers of the dtype.
+template <typename T>
+T bound(const std::optional<double>& value) {
+  return value.has_value() ? T(*value) : std::numeric_limits<T>::infinity();
+}
+
 template <typename T>
 LayerParams<T> layer_params(const Arguments& a, Widened<T>& wide) {
   LayerParams<T> p{};
@@ -225,23 +231,36 @@ LayerParams<T> layer_params(const Arguments& a, Widened<T>& wide) {
     w.weight_ih = wide.dense(a.weight_ih, d), w.weight_hh = wide.dense(a.weight_hh, d);
     w.bias_ih = wide.dense(a.bias_ih, d), w.bias_hh = wide.dense(a.bias_hh, d);
     w.weight_hr = wide.dense(a.weight_hr, d);
+    if (!a.peephole.empty()) RNN_CHECK_SHAPE(a.peephole.at(d), 3, p.hidden);
+    w.peephole = wide.dense(a.peephole, d);
   }
   if (a.h0.has_value()) RNN_CHECK_SHAPE(*a.h0, p.directions, p.batch, p.outputs);
   if (a.c0.has_value()) RNN_CHECK_SHAPE(*a.c0, p.directions, p.batch, p.hidden);
   p.h0 = wide.dense(a.h0), p.c0 = wide.dense(a.c0);
   set_sequences(p, wide, a.lengths, a.resets);
 
+  const auto mask = [&](const MaybeTensor& tensor, int64_t size, int64_t& steps) {
+    if (tensor.has_value()) {
+      steps = tensor->size(1);
+      RNN_CHECK_SHAPE(*tensor, p.directions, steps == 1 ? 1 : p.steps, p.batch, size);
+    }
+    return wide.dense(tensor);
+  };
+  p.mask_h = mask(a.mask_h, p.outputs, p.mask_h_steps);
+  p.mask_c = mask(a.mask_c, p.hidden, p.mask_c_steps);
+  p.cell_clip = bound<T>(a.cell_clip), p.proj_clip = bound<T>(a.proj_clip);
+
   // ops.py sends calls with these to the reference; a kernel that ignored one would be wrong in silence.
-  STD_TORCH_CHECK(a.peephole.empty() && a.norm_gain.empty() && a.norm_shift.empty() &&
-                      !a.mask_h.has_value() && !a.mask_c.has_value() && !a.zoneout_h.has_value() &&
-                      !a.zoneout_c.has_value() && !a.cell_clip.has_value() && !a.proj_clip.has_value(),
-                  "no CPU kernel serves this variation");
   STD_TORCH_CHECK(
-      p.activation == Activation::kTanh || (p.cell == Cell::kRnn && p.activation == Activation::kRelu),
-      "no CPU kernel serves this activation");
-  p.cell_clip = p.proj_clip = std::numeric_limits<T>::infinity();
-  p.norm_eps = T(a.norm_eps);
+      a.norm_gain.empty() && a.norm_shift.empty() && !a.zoneout_h.has_value() && !a.zoneout_c.has_value(),
+      "no CPU kernel serves this variation");
   return p;
+}
+
+// Values per row and step of the tape; with proj_clip the projection before it is clipped is there too.
+template <typename T>
+int64_t tape_size(const Arguments& a, const LayerParams<T>& p) {
+  return cell_info(a.cell).tape * p.hidden + (std::isfinite(p.proj_clip) ? p.outputs : 0);
 }
 
 // By the shim: torch::stable::new_empty goes through the dispatcher, and small steps would feel it.
@@ -284,7 +303,7 @@ LayerOutput forward(const Arguments& a, bool all_states, bool training) {
       maybe(all_states && info.memory, {p.steps, p.batch, p.directions * p.hidden}),
       empty({p.directions, p.batch, p.outputs}, wide_dtype),
       maybe(info.memory, {p.directions, p.batch, p.hidden}),
-      maybe(training, {p.directions, p.steps, p.batch, info.tape * p.hidden}),
+      maybe(training, {p.directions, p.steps, p.batch, tape_size(a, p)}),
   };
   p.y = out.y.template mutable_data_ptr<T>();
   p.h_n = out.h_n.template mutable_data_ptr<T>();
@@ -450,7 +469,7 @@ LayerGradient backward(const MaybeTensor& dy, const MaybeTensor& dc_all, const M
   LayerParams<T>& p = q.layer;
   const CellInfo info = cell_info(a.cell);
   RNN_CHECK_SHAPE(y, p.steps, p.batch, p.directions * p.outputs);
-  RNN_CHECK_SHAPE(tape, p.directions, p.steps, p.batch, info.tape * p.hidden);
+  RNN_CHECK_SHAPE(tape, p.directions, p.steps, p.batch, tape_size(a, p));
   // The struct has no const for the outputs of forward, which are only read here.
   p.y = const_cast<T*>(wide.dense(y));
   p.tape = const_cast<T*>(wide.dense(tape));
@@ -486,6 +505,7 @@ LayerGradient backward(const MaybeTensor& dy, const MaybeTensor& dc_all, const M
     list(a.bias_ih, &DirectionWeights<T>::bias_ih);
     list(a.bias_hh, &DirectionWeights<T>::bias_hh);
     list(a.weight_hr, &DirectionWeights<T>::weight_hr);
+    list(a.peephole, &DirectionWeights<T>::peephole);
   }
   if constexpr (sizeof(T) == sizeof(float))
     kernels().backward_f32(q, team_size(p, info.gates), run_team);

@@ -15,6 +15,7 @@ struct WeightGradients {
     int64_t count;
     const T *dgates[kOuterDepth], *x[kOuterDepth], *h_prev[kOuterDepth], *dh[kOuterDepth],
         *aside[kOuterDepth];
+    const T *c[kOuterDepth], *c_prev[kOuterDepth], *mask_c_prev[kOuterDepth];  // With peepholes only.
   };
 
   B& f;
@@ -57,6 +58,7 @@ struct WeightGradients {
       if (block.count == 0 && accumulate) return;
       outer_sums(block, memory);
       bias_sums(block);
+      if constexpr (B::kVaried) peephole_sums(block);
       accumulate = true;
     }
   }
@@ -65,9 +67,17 @@ struct WeightGradients {
     const int64_t t = state.rows.time(b, s, back), k = block.count++;
     block.dgates[k] = f.dgates(d, s, b);
     block.x[k] = p.x + t * p.x_stride_t + b * p.x_stride_b;
-    block.h_prev[k] = state.rows.cut(b, s, back) ? f.zeros
-                      : s > 0                    ? f.y(d, state.rows.time(b, s - 1, back), b)
-                                                 : f.initial(p.h0, d, b, p.outputs);
+    const bool cut = state.rows.cut(b, s, back);
+    const int64_t t_prev = s > 0 ? state.rows.time(b, s - 1, back) : 0;
+    block.h_prev[k] = cut     ? f.zeros
+                      : s > 0 ? state.carried != nullptr ? f.carried(d, s, b) : f.y(d, t_prev, b)
+                              : f.initial(p.h0, d, b, p.outputs);
+    if (B::kVaried && p.weights[d].peephole != nullptr) {
+      const int64_t c_at = B::C::kMemory * p.hidden;
+      block.c[k] = f.tape(d, t, b) + c_at;
+      block.c_prev[k] = cut ? f.zeros : s > 0 ? f.tape(d, t_prev, b) + c_at : f.initial(p.c0, d, b, p.hidden);
+      block.mask_c_prev[k] = s > 0 && !cut ? f.mask_c(d, t_prev, b) : nullptr;
+    }
     if (p.projected) block.dh[k] = f.dh(d, s, b);
     if (f.has_second()) block.aside[k] = f.aside(d, s, b);
   }
@@ -109,10 +119,36 @@ struct WeightGradients {
       }
   }
 
-  void store_bias() const {
-    const auto& dw = q.dweights[d];
-    if (dw.bias_ih == nullptr || slice.index() != 0) return;
+  // Gradients by the peepholes, of rows i and f by the old c and of o by the new one; by few rows as above.
+  void peephole_sums(const Block& block) const {
+    if (q.dweights[d].peephole == nullptr) return;
+    constexpr int64_t kRows = 32;
+    using V = typename B::V;
     const int64_t H = p.hidden;
+    const Range columns = share(H, slice.index(), slice.size());
+    for (int64_t k0 = 0; k0 < block.count; k0 += kRows)
+      for (int64_t m = columns.begin; m < columns.end; m += B::N) {
+        const int64_t n = min64(B::N, columns.end - m);
+        V sum[3] = {V(T(0)), V(T(0)), V(T(0))};
+        for (int64_t k = k0; k < min64(k0 + kRows, block.count); ++k) {
+          V c_prev = V::load(block.c_prev[k] + m, n);
+          if (block.mask_c_prev[k] != nullptr) c_prev = c_prev * V::load(block.mask_c_prev[k] + m, n);
+          sum[0] += V::load(block.dgates[k] + m, n) * c_prev;
+          sum[1] += V::load(block.dgates[k] + H + m, n) * c_prev;
+          sum[2] += V::load(block.dgates[k] + 3 * H + m, n) * V::load(block.c[k] + m, n);
+        }
+        for (int g = 0; g < 3; ++g)
+          (V::load(state.peephole + g * H + m, n) + sum[g]).store(state.peephole + g * H + m, n);
+      }
+  }
+
+  // After the last sums: threads have made their columns of state.bias and state.peephole.
+  void store_vectors() const {
+    const auto& dw = q.dweights[d];
+    if (slice.index() != 0) return;
+    const int64_t H = p.hidden;
+    if (B::kVaried && dw.peephole != nullptr) memcpy(dw.peephole, state.peephole, 3 * H * sizeof(T));
+    if (dw.bias_ih == nullptr) return;
     memcpy(dw.bias_ih, state.bias + B::C::kInputGrads * H, B::G * H * sizeof(T));
     memcpy(dw.bias_hh + B::kRotate * H, state.bias, (B::G - B::kRotate) * H * sizeof(T));
     memcpy(dw.bias_hh, state.bias + (B::G - B::kRotate) * H, B::kRotate * H * sizeof(T));
