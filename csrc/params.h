@@ -10,7 +10,7 @@
 namespace torchrnn {
 
 // The values are those of torchrnn/options.py.
-enum class Cell : int64_t { kLstm = 0, kGru = 1, kGruResetBefore = 2, kRnn = 3 };
+enum class Cell : int64_t { kLstm = 0, kGru = 1, kGruResetBefore = 2, kRnn = 3, kLstmCoupled = 4 };
 enum class Activation : int64_t { kTanh = 0, kRelu = 1, kSigmoid = 2, kIdentity = 3 };
 
 constexpr int kMaxDirections = 2;
@@ -23,7 +23,7 @@ struct DirectionWeights {
   T* bias_ih;     // [G*H]
   T* bias_hh;     // [G*H]
   T* weight_hr;   // [P, H]
-  T* peephole;    // [3, H]
+  T* peephole;    // [3, H]; of kLstmCoupled the first row is not used
   T* norm_gain;   // [G+1, H]
   T* norm_shift;  // [G+1, H]
 };

@@ -178,17 +178,18 @@ def test_no_slot_is_ignored(path: str, variation: str) -> None:
 
 def _vary(a: Arguments, *variations: str) -> tuple[Arguments, Options]:
     steps, batch, _ = a.x.shape
-    directions, rows, outputs = len(a.weight_hh), *a.weight_hh[0].shape
+    directions, outputs = len(a.weight_hh), a.weight_hh[0].size(1)
+    hidden = a.weight_hr[0].size(1) if a.weight_hr else outputs
     options: dict[str, Any] = {}
     for variation in variations:
         name, _, steps_of = variation.partition(" ")
         if name == "peephole":
-            peephole = [torch.randn(3, rows // 4, dtype=a.x.dtype) for _ in range(directions)]
+            peephole = [torch.randn(3, hidden, dtype=a.x.dtype) for _ in range(directions)]
             a = a._replace(peephole=[p.requires_grad_(a.x.requires_grad) for p in peephole])
         elif name == "norm":
             gain, shift = (
-                torch.rand(5, rows // 4, dtype=a.x.dtype) + 0.5,
-                torch.randn(5, rows // 4, dtype=a.x.dtype),
+                torch.rand(5, hidden, dtype=a.x.dtype) + 0.5,
+                torch.randn(5, hidden, dtype=a.x.dtype),
             )
             a = a._replace(norm_gain=[gain], norm_shift=[shift])
         elif name.endswith("clip"):
@@ -196,7 +197,7 @@ def _vary(a: Arguments, *variations: str) -> tuple[Arguments, Options]:
         elif name in ACTIVATIONS:
             options["activation"] = name
         else:
-            size = rows // 4 if name.endswith("_c") else outputs
+            size = hidden if name.endswith("_c") else outputs
             shape = (directions, 1 if steps_of else steps, batch, size)
             value = torch.rand(shape, dtype=a.x.dtype)
             a = a._replace(**{name: value if name.startswith("zoneout") else (value > 0.4) * (2 * value)})
@@ -210,6 +211,7 @@ SERVED = [
         for name in ("peephole", "cell_clip", "mask_h", "mask_c", "relu", "sigmoid", "identity")
     ),
     ("lstm", "mask_h once", "mask_c"),
+    ("lstm_coupled", "peephole", "cell_clip", "mask_h", "mask_c", "relu"),
     ("lstm", "mask_h", "mask_c once", "peephole", "cell_clip", "relu"),
     *((cell, name) for cell in ("gru", "gru_reset_before", "rnn") for name in ("mask_h", "relu", "sigmoid")),
     *((cell, "mask_h once", "identity") for cell in ("gru", "gru_reset_before", "rnn")),
@@ -219,7 +221,7 @@ SERVED = [
 @pytest.mark.parametrize("form", ["one way", "reverse", "both ways", "ragged"])
 @pytest.mark.parametrize(
     ("cell", "projection", "variations"),
-    [(row[0], p, row[1:]) for row in SERVED for p in ((0, 4, 19) if row[0] == "lstm" else (0,))],
+    [(row[0], p, row[1:]) for row in SERVED for p in ((0, 4, 19) if row[0].startswith("lstm") else (0,))],
     ids=str,
 )
 def test_variations_match_reference(
@@ -422,7 +424,7 @@ def test_arguments_that_are_not_tensors_are_named(field: str) -> None:
 def test_what_needs_a_memory_is_refused_without_one(field: str) -> None:
     value = torch.zeros(1, 4, 3, 7, dtype=torch.float64)
     a = arguments("gru")._replace(**{field: value if field in ("c0", "mask_c") else [value]})
-    with pytest.raises(ValueError, match=f"gru: {field} must be absent, it applies to cell lstm only"):
+    with pytest.raises(ValueError, match=f"gru: {field} must be absent, it applies to"):
         ops.layer(a, Options("gru"))
 
 
@@ -432,7 +434,7 @@ def test_options_refuse_what_no_path_runs() -> None:
         ({"activation": "gelu"}, "activation must be one of"),
         ({"cell_clip": -1.0}, "cell_clip must be None or at least 0, got -1.0"),
         ({"cell_clip": float("nan")}, "cell_clip must be None or at least 0, got nan"),
-        ({"cell": "gru", "cell_clip": 1.0}, "cell_clip applies to cell lstm only"),
+        ({"cell": "gru", "cell_clip": 1.0}, "cell_clip applies to cells with memory only"),
         ({"norm_eps": -1.0}, "norm_eps must be at least 0"),
     ):
         with pytest.raises(ValueError, match=text):

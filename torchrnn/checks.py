@@ -120,7 +120,8 @@ def _check_weights(call: _Call, a: Arguments, options: Options) -> None:
         _need_memory(call, "peephole", options)
         call.need_list("peephole", a.peephole, "[3, H]", 3, hidden)
     if a.norm_gain or a.norm_shift:
-        _need_memory(call, "norm_gain", options)
+        if options.cell != "lstm":
+            raise ValueError(f"{name}: norm_gain must be absent, it applies to cell lstm only")
         call.need_list("norm_gain", a.norm_gain, "[5, H]", 5, hidden)
         call.need_list("norm_shift", a.norm_shift, "[5, H]", 5, hidden)
 
@@ -149,7 +150,7 @@ def _check_states(call: _Call, a: Arguments, options: Options) -> None:
 
 def _need_memory(call: _Call, field: str, options: Options) -> None:
     if not CELLS[options.cell].memory:
-        raise ValueError(f"{call.name}: {field} must be absent, it applies to cell lstm only")
+        raise ValueError(f"{call.name}: {field} must be absent, it applies to cells with memory only")
 
 
 def _check_lengths(call: _Call, lengths: Tensor) -> None:

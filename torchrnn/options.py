@@ -24,6 +24,7 @@ CELLS = {
     "gru": Cell(1, gates=3, tape=4, memory=False),
     "gru_reset_before": Cell(2, gates=3, tape=3, memory=False),
     "rnn": Cell(3, gates=1, tape=1, memory=False),
+    "lstm_coupled": Cell(4, gates=3, tape=4, memory=True),
 }
 
 ACTIVATIONS = {"tanh": 0, "relu": 1, "sigmoid": 2, "identity": 3}
@@ -37,6 +38,7 @@ class Options:
     Args:
         cell: A key of ``CELLS``. ``gru`` applies the reset gate after the recurrent product, as ``torch.nn``
             and cuDNN do; ``gru_reset_before`` before it, as Cho et al. 2014 and TensorFlow do.
+            ``lstm_coupled`` has 1 - f for an input gate.
         activation: A key of ``ACTIVATIONS``: of the candidate, and in an LSTM also of the cell output.
         cell_clip: Bound on ``|c|`` of an LSTM, applied before the output gate; None for no bound.
         proj_clip: Bound on the projected output; None for no bound.
@@ -65,6 +67,6 @@ class Options:
             if bound is not None and not bound >= 0:
                 raise ValueError(f"{name} must be None or at least 0, got {bound}")
             if bound is not None and not CELLS[self.cell].memory:
-                raise ValueError(f"{name} applies to cell lstm only, got cell {self.cell!r}")
+                raise ValueError(f"{name} applies to cells with memory only, got cell {self.cell!r}")
         if not self.norm_eps >= 0:
             raise ValueError(f"norm_eps must be at least 0, got {self.norm_eps}")

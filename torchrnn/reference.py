@@ -36,7 +36,7 @@ class Arguments(NamedTuple):
     x: Tensor
     """[T, B, I]"""
     weight_ih: list[Tensor]
-    """[G*H, I]; gates i, f, g, o (lstm) or r, z, n (gru)."""
+    """[G*H, I]; gates i, f, g, o (lstm), f, g, o (lstm_coupled) or r, z, n (gru)."""
     weight_hh: list[Tensor]
     """[G*H, R]"""
     bias_ih: list[Tensor]
@@ -46,7 +46,7 @@ class Arguments(NamedTuple):
     weight_hr: list[Tensor]
     """[P, H], the projection."""
     peephole: list[Tensor]
-    """[3, H]: rows i, f (on the old c) and o (on the new c)."""
+    """[3, H]: rows i, f (on the old c) and o (on the new c); lstm_coupled has no i and ignores the first."""
     norm_gain: list[Tensor]
     """[G+1, H]: one row per gate, the last for c."""
     norm_shift: list[Tensor]
@@ -98,7 +98,7 @@ class _Direction:
     def step(self, wx: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Returns the new ``(h, c)`` from ``wx`` = W x + b_ih of this step, [B, G*H]."""
         activation = _ACTIVATIONS[self.options.activation]
-        if self.options.cell == "lstm":
+        if self.options.cell in ("lstm", "lstm_coupled"):
             assert c is not None
             return self._lstm(wx, h, c, activation)
         if self.options.cell == "gru":
@@ -129,13 +129,16 @@ class _Direction:
         """Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000 and its variations.
 
         Peepholes: Gers & Schmidhuber 2000. Projection: Sak et al. 2014, arXiv:1402.1128. Layer normalisation:
-        each gate's sum on its own, and the new c, as TensorFlow's LayerNormBasicLSTMCell stores it.
+        each gate's sum on its own, and the new c, as TensorFlow's LayerNormBasicLSTMCell stores it. Coupled
+        gates: Greff et al. 2015, arXiv:1503.04069.
         """
-        pre = (wx + F.linear(h, self.weight_hh, self.bias_hh)).chunk(4, -1)
-        i, f, g, o = (self._norm(gate, row) for row, gate in enumerate(pre))
+        sums = (wx + F.linear(h, self.weight_hh, self.bias_hh)).chunk(CELLS[self.options.cell].gates, -1)
+        *first, f, g, o = (self._norm(gate, row) for row, gate in enumerate(sums))  # Coupled, i is not there.
         if self.peephole is not None:
-            i, f = i + self.peephole[0] * c, f + self.peephole[1] * c
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * activation(g)
+            first, f = [i + self.peephole[0] * c for i in first], f + self.peephole[1] * c
+        f = torch.sigmoid(f)
+        i = torch.sigmoid(first[0]) if first else 1 - f
+        c = f * c + i * activation(g)
         c = self._norm(c, 4)
         if self.options.cell_clip is not None:
             c = c.clamp(-self.options.cell_clip, self.options.cell_clip)

@@ -39,6 +39,8 @@ __global__ void reset_before_check(const T* in, T* out) {
 
 template __global__ void cell_check<Lstm<float>>(const float*, float*);
 template __global__ void cell_check<Lstm<double>>(const double*, double*);
+template __global__ void cell_check<LstmCoupled<float>>(const float*, float*);
+template __global__ void cell_check<LstmCoupled<double>>(const double*, double*);
 template __global__ void cell_check<Gru<float>>(const float*, float*);
 template __global__ void cell_check<Gru<double>>(const double*, double*);
 template __global__ void cell_check<Rnn<float>>(const float*, float*);

@@ -29,6 +29,8 @@ auto with_cell(const LayerParams<T>& p, const Use& use) {
     case Cell::kRnn:
       if (!varied && p.activation == Activation::kRelu) return use(CellType<Rnn>(), Type<Relu>());
       return either(CellType<Rnn>());
+    case Cell::kLstmCoupled:
+      return use(CellType<LstmCoupled>(), Type<Varied<VecOf<T>>>());
     default:
       return either(CellType<Lstm>());
   }

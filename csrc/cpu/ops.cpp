@@ -129,6 +129,8 @@ CellInfo cell_info(int64_t cell) {
       return {3, 3, false};
     case Cell::kRnn:
       return {1, 1, false};
+    case Cell::kLstmCoupled:
+      return {3, 4, true};
   }
   STD_TORCH_CHECK(false, "cell ", cell, " is not known");
 }

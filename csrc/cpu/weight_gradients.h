@@ -58,7 +58,7 @@ struct WeightGradients {
       if (block.count == 0 && accumulate) return;
       outer_sums(block, memory);
       bias_sums(block);
-      if constexpr (B::kVaried) peephole_sums(block);
+      if constexpr (B::kVaried && B::C::kMemory >= 0) peephole_sums(block);
       accumulate = true;
     }
   }
@@ -133,9 +133,10 @@ struct WeightGradients {
         for (int64_t k = k0; k < min64(k0 + kRows, block.count); ++k) {
           V c_prev = V::load(block.c_prev[k] + m, n);
           if (block.mask_c_prev[k] != nullptr) c_prev = c_prev * V::load(block.mask_c_prev[k] + m, n);
-          sum[0] += V::load(block.dgates[k] + m, n) * c_prev;
-          sum[1] += V::load(block.dgates[k] + H + m, n) * c_prev;
-          sum[2] += V::load(block.dgates[k] + 3 * H + m, n) * V::load(block.c[k] + m, n);
+          for (int g = 0; g < 3; ++g)
+            if (const int gate = B::C::kPeepholes[g]; gate >= 0)
+              sum[g] +=
+                  V::load(block.dgates[k] + gate * H + m, n) * (g == 2 ? V::load(block.c[k] + m, n) : c_prev);
         }
         for (int g = 0; g < 3; ++g)
           (V::load(state.peephole + g * H + m, n) + sum[g]).store(state.peephole + g * H + m, n);
