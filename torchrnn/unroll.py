@@ -28,6 +28,7 @@ from torchrnn.rnn_cell.base import (
     nested,
     select,
     shape_of,
+    zero_state_of,
 )
 from torchrnn.rnn_cell.core import unroll_cell
 
@@ -38,7 +39,7 @@ _STEPWISE: ContextVar[bool] = ContextVar("torchrnn_stepwise", default=False)
 def stepwise() -> Iterator[None]:
     """Makes the unrolling functions call cells step by step, as they do with cells that they do not know.
 
-    For comparison: results are the same, slower.
+    For comparison: results are the same, slower. What ``torch.compile`` compiles is not affected.
     """
     token = _STEPWISE.set(True)
     try:
@@ -390,7 +391,7 @@ def _run(
         # Padding may hold anything, and 0 * NaN in the gradient of a weight would spread it.
         x = pytree.tree_map(lambda v: torch.where(_like(alive, v), v, v.new_zeros(())), x)
     run = Run(lengths, reverse)
-    if steps == 0 or _STEPWISE.get():
+    if steps == 0 or (not torch.compiler.is_compiling() and _STEPWISE.get()):
         return loop(cell, x, state, run)
     if isinstance(cell, RNNCell):
         cell.build_for(pytree.tree_map(lambda v: v[0], x))
@@ -482,11 +483,7 @@ def _initial_state(cell: Any, first: Tensor, state: Nest, dtype: torch.dtype | N
     if state is None:
         if dtype is None:
             raise ValueError("If there is no initial_state, you must give a dtype.")
-        if hasattr(cell, "zero_state"):
-            zero = cell.zero_state(batch, dtype)
-        else:
-            zero = cell.get_initial_state(inputs=None, batch_size=batch, dtype=dtype)
-        state = pytree.tree_map(lambda v: v.to(first.device) if isinstance(v, Tensor) else v, zero)
+        state = zero_state_of(cell, batch, dtype, first.device)
     else:
         spec = pytree.tree_structure(map_sizes(lambda _: 0, cell.state_size))
         leaves = pytree.tree_leaves(state)

@@ -6,10 +6,12 @@ nests (``torch.utils._pytree``). The equations of all cells are those of TensorF
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -149,7 +151,7 @@ def zeros(tensor: Tensor) -> None:
 
 def constant(value: float) -> Initializer:
     """Returns an initializer that fills with a value."""
-    return lambda tensor: nn.init.constant_(tensor, value)
+    return partial(nn.init.constant_, val=value)
 
 
 def ignore_input_size(input_size: object) -> None:
@@ -223,7 +225,8 @@ class RNNCell(LazyModuleMixin, nn.Module):
     ``(output, new_state)`` of one step. If it has variables of its own, it declares them in ``__init__`` by
     ``add_variable`` and gives their shapes in ``variable_shapes``; or it holds parameters and modules as any
     ``nn.Module``. A subclass that knows a faster way over a whole sequence than step by step overrides
-    ``unroll`` and ``paths``.
+    ``unroll`` and ``paths``; one that overrides ``call`` or ``forward`` alone runs step by step, whatever
+    way its base knows.
 
     Args:
         name: The variable scope; by default the class's ``scope``.
@@ -235,6 +238,20 @@ class RNNCell(LazyModuleMixin, nn.Module):
     """TensorFlow's name of the variable scope of the class; empty for a cell that adds none."""
 
     cls_to_become = None
+
+    _zero_state_takes_device = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # TensorFlow's signature has no device, and a user's cell may keep to it.
+        cls._zero_state_takes_device = "device" in inspect.signature(cls.zero_state).parameters
+        first = next(
+            name for base in cls.__mro__ for name in ("unroll", "call", "forward") if name in vars(base)
+        )
+        if first != "unroll" and cls.unroll is not RNNCell.unroll:
+            # The inherited way computes another step than that of this class.
+            this: Any = cls
+            this.unroll, this.paths = RNNCell.unroll, RNNCell.paths
 
     def __init__(
         self, *, name: str | None = None, dtype: torch.dtype | None = None, reuse: bool | None = None
@@ -316,11 +333,16 @@ class RNNCell(LazyModuleMixin, nn.Module):
             raise ValueError(f"{self.name}: input_size must be at least 0, got {size}")
         for name, shape in self.variable_shapes(size).items():
             attribute = name.replace("/", "_")
-            parameter: Any = self._parameters[attribute]
-            if is_lazy(parameter):
+            # A parametrization keeps what it makes the variable of elsewhere; that is built.
+            parameter: Any = self._parameters.get(attribute)
+            if parameter is None:
+                continue
+            # As is_lazy, which torch.compile cannot trace.
+            if isinstance(parameter, UninitializedParameter):
                 chosen = self._dtype or dtype or torch.get_default_dtype()
-                parameter.materialize(shape, device=device, dtype=chosen)
-                with torch.no_grad():
+                # A first call in inference mode must not make parameters that cannot be trained.
+                with torch.inference_mode(False), torch.no_grad():
+                    parameter.materialize(shape, device=device, dtype=chosen)
                     self._variables[attribute][1](parameter)
             elif tuple(parameter.shape) != shape:
                 raise ValueError(
@@ -343,6 +365,11 @@ class RNNCell(LazyModuleMixin, nn.Module):
         if not first.is_floating_point():
             raise ValueError(f"RNN cell only supports floating point inputs, but saw dtype: {first.dtype}")
         self.build(first.size(-1), first.dtype, first.device)
+
+    @property
+    def trainable_weights(self) -> list[nn.Parameter]:
+        """The parameters that are trained, those of the cells inside too; none before the cell is built."""
+        return [p for p in self.parameters() if p.requires_grad and not is_lazy(p)]
 
     def tf_names(self) -> Iterator[tuple[str, nn.Module, str]]:
         """Yields TensorFlow's name, the owner and the attribute of every variable, once each.
@@ -454,7 +481,7 @@ def _tf_names(cell: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[st
     seen.add(id(cell))
     scope = f"{prefix}{cell.name}/" if cell.name else prefix
     for attribute, (name, _) in cell._variables.items():
-        if cell._parameters.get(attribute) is not None:
+        if getattr(cell, attribute, None) is not None:
             yield scope + name, cell, attribute
     for inner, child in cell.inner_cells():
         yield from _tf_names(child, scope + inner, seen)
@@ -464,6 +491,19 @@ def build_cell(cell: nn.Module, input_size: int, dtype: torch.dtype | None, devi
     """Builds a cell that has ``build``; a user's own may do without."""
     if isinstance(cell, RNNCell):
         cell.build(input_size, dtype, device)
+
+
+def zero_state_of(
+    cell: Any, batch_size: int, dtype: torch.dtype | None, device: torch.device | str | None
+) -> Nest:
+    """Returns a cell's ``zero_state``, or its ``get_initial_state`` if it only has that."""
+    if isinstance(cell, RNNCell) and cell._zero_state_takes_device:
+        return cell.zero_state(batch_size, dtype, device)
+    if hasattr(cell, "zero_state"):
+        state = cell.zero_state(batch_size, dtype)
+    else:
+        state = cell.get_initial_state(inputs=None, batch_size=batch_size, dtype=dtype)
+    return pytree.tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, state)
 
 
 def is_cell(cell: object) -> bool:

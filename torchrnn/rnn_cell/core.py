@@ -31,6 +31,7 @@ from torchrnn.rnn_cell.base import (
     lstm_size,
     nested,
     split_state,
+    zero_state_of,
 )
 from torchrnn.rnn_cell.engine import gate_rows, gate_vector, run_layer
 
@@ -480,7 +481,7 @@ class MultiRNNCell(RNNCell):
         self.start_sequence()
         if not self.state_is_tuple:
             return super().zero_state(batch_size, dtype, device)
-        return tuple(cell.zero_state(batch_size, dtype, device) for cell in self.cells)
+        return tuple(zero_state_of(cell, batch_size, dtype, device) for cell in self.cells)
 
     def check_inputs(self, inputs: Nest) -> None:
         """Leaves the check to the first cell."""

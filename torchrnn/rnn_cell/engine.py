@@ -40,6 +40,7 @@ def run_layer(
     peephole: Tensor | None = None,
     norm: tuple[Tensor, Tensor] | None = None,
     masks: tuple[Tensor | None, Tensor | None] = (None, None),
+    hidden_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs one direction over x [T, B, I]; returns ``(y [T, B, R], h_n [B, R], c_n [B, H] or empty)``.
 
@@ -55,6 +56,7 @@ def run_layer(
         peephole: [3, H]
         norm: Gain and shift of the layer normalisation, [G + 1, H] each.
         masks: Factors on the h and the c that are carried on, [T or 1, B or 1, R] and [T or 1, B or 1, H].
+        hidden_bias: [G*H], added to what is applied to h, for a cell that keeps it apart; zeros by default.
     """
     inputs, batch = x.size(2), x.size(1)
 
@@ -70,7 +72,7 @@ def run_layer(
         [weight[:, :inputs]],
         [weight[:, inputs:]],
         listed(bias),
-        [] if bias is None else [torch.zeros_like(bias)],
+        [] if bias is None else [torch.zeros_like(bias) if hidden_bias is None else hidden_bias],
         listed(projection),
         listed(peephole),
         listed(gain),
