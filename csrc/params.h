@@ -50,6 +50,7 @@ struct LayerParams {
   int64_t mask_h_steps;    // T, or 1 for a mask that all steps share
   int64_t mask_c_steps;    // likewise
   T cell_clip, proj_clip;  // infinity is no bound
+  T norm_eps;
 
   // Outputs, contiguous; in a backward call y is an input.
   T* y;      // [T, B, D*R], zero past a row's length
@@ -57,8 +58,8 @@ struct LayerParams {
   T* h_n;    // [D, B, R]
   T* c_n;    // [D, B, H]; null for a cell without c
 
-  // [D, T, B, kTape*H], and R more with proj_clip: what backward needs, the last part being the projection
-  // before it is clipped. Zero past a row's length. Null in inference.
+  // [D, T, B, kTape*H], H + 5 more with layer normalisation and R more with proj_clip: what backward needs,
+  // the last part being the projection before it is clipped. Zero past a row's length. Null in inference.
   T* tape;
 };
 

@@ -187,13 +187,14 @@ def _vary(a: Arguments, *variations: str) -> tuple[Arguments, Options]:
             peephole = [torch.randn(3, hidden, dtype=a.x.dtype) for _ in range(directions)]
             a = a._replace(peephole=[p.requires_grad_(a.x.requires_grad) for p in peephole])
         elif name == "norm":
-            gain, shift = (
-                torch.rand(5, hidden, dtype=a.x.dtype) + 0.5,
-                torch.randn(5, hidden, dtype=a.x.dtype),
+            gain = [torch.rand(5, hidden, dtype=a.x.dtype) + 0.5 for _ in range(directions)]
+            shift = [torch.randn(5, hidden, dtype=a.x.dtype) for _ in range(directions)]
+            a = a._replace(
+                norm_gain=[g.requires_grad_(a.x.requires_grad) for g in gain],
+                norm_shift=[s.requires_grad_(a.x.requires_grad) for s in shift],
             )
-            a = a._replace(norm_gain=[gain], norm_shift=[shift])
         elif name.endswith("clip"):
-            options[name] = 0.1
+            options[name] = 0.5 if name == "cell_clip" else 0.1
         elif name in ACTIVATIONS:
             options["activation"] = name
         else:
@@ -211,6 +212,8 @@ SERVED = [
         for name in ("peephole", "cell_clip", "mask_h", "mask_c", "relu", "sigmoid", "identity")
     ),
     ("lstm", "mask_h once", "mask_c"),
+    ("lstm", "norm"),
+    ("lstm", "norm", "peephole", "cell_clip", "mask_h", "mask_c", "sigmoid"),
     ("lstm_coupled", "peephole", "cell_clip", "mask_h", "mask_c", "relu"),
     ("lstm", "mask_h", "mask_c once", "peephole", "cell_clip", "relu"),
     *((cell, name) for cell in ("gru", "gru_reset_before", "rnn") for name in ("mask_h", "relu", "sigmoid")),
@@ -272,7 +275,7 @@ def test_a_gradient_passes_a_clip_at_its_bound(path: str) -> None:
 
 
 @pytest.mark.skipif(_native.WHY_NOT is not None, reason="needs the kernels")
-@pytest.mark.parametrize("variation", ["norm", "zoneout_h", "zoneout_c"])
+@pytest.mark.parametrize("variation", ["zoneout_h", "zoneout_c"])
 def test_kernels_refuse_what_they_do_not_serve(variation: str) -> None:
     a = arguments("lstm", projection=4 if variation == "proj_clip" else 0, requires_grad=False)
     a, options = _vary(a, variation)
@@ -430,7 +433,7 @@ def test_what_needs_a_memory_is_refused_without_one(field: str) -> None:
 
 def test_options_refuse_what_no_path_runs() -> None:
     for changes, text in (
-        ({"cell": "mgu"}, "cell must be one of lstm, gru, gru_reset_before, rnn, got 'mgu'"),
+        ({"cell": "mgu"}, "cell must be one of lstm, gru, gru_reset_before, rnn, lstm_coupled, got 'mgu'"),
         ({"activation": "gelu"}, "activation must be one of"),
         ({"cell_clip": -1.0}, "cell_clip must be None or at least 0, got -1.0"),
         ({"cell_clip": float("nan")}, "cell_clip must be None or at least 0, got nan"),

@@ -165,7 +165,7 @@ def scalars(options: Options) -> tuple[Any, ...]:
 
 def reference_only(a: Arguments, options: Options) -> bool:
     """Whether no kernel serves the call: an unserved variation, or a transform that the ops do not know."""
-    return bool(a.norm_gain or a.zoneout_h is not None or a.zoneout_c is not None or transformed())
+    return a.zoneout_h is not None or a.zoneout_c is not None or transformed()
 
 
 def requires_grad(a: Arguments) -> bool:
@@ -286,7 +286,7 @@ def _layer_fake(*args: Any) -> tuple[Tensor, ...]:
     # The last part is the projection before it is clipped.
     bound = math.inf if options.proj_clip is None else options.proj_clip
     clipped = outputs if bound <= torch.finfo(wide).max else 0
-    size = CELLS[options.cell].tape * hidden + clipped
+    size = CELLS[options.cell].tape * hidden + (hidden + 5 if a.norm_gain else 0) + clipped
     tape = a.x.new_empty(directions, steps, batch, size, dtype=wide)
     return (*_layer_infer_fake(*args), tape)
 

@@ -11,6 +11,7 @@ inline namespace RNN_ISA {
 // No variation: tanh, no peepholes, no bound on the memory.
 struct Plain {
   static constexpr bool kVaried = false;
+  static constexpr bool kNormed = false;  // with layer normalisation, see cpu/norm.h
 
   template <typename T>
   RNN_FN T activate(T x) const {
@@ -57,6 +58,7 @@ struct Relu : Plain {
 template <typename T>
 struct Varied {
   static constexpr bool kVaried = true;
+  static constexpr bool kNormed = false;
 
   Activation activation;
   bool peeps, clips;

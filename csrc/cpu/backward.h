@@ -34,6 +34,9 @@ struct BackwardRow {
   const T* mask_h_prev;  // [R], of the previous step: h_prev is y times it
   const T* mask_c_prev;  // [H]
   const T* y_prev;       // [R]
+  // With layer normalisation only.
+  T* dh_cell;  // [H], the gradient by the cell's output
+  T* dnorm;    // [5*H], the gradients by the normalised sums and c
 };
 
 template <typename T, template <typename> class CellOf, typename Policy_>
@@ -41,7 +44,7 @@ struct Backward {
   using V = VecOf<T>;
   using C = CellOf<V>;
   using Policy = Policy_;
-  static constexpr bool kVaried = Policy::kVaried;
+  static constexpr bool kVaried = Policy::kVaried, kNormed = Policy::kNormed;
   static constexpr int N = V::kSize;
   static constexpr int G = C::kGates;
   static constexpr int D = C::kGateGrads;
@@ -61,8 +64,11 @@ struct Backward {
     T* dx;        // [T, B, I]; of direction 1 apart, to be added at the end
     T* carry_h;   // [B, R]
     T* carry_c;   // [B, H]
+    T* dh_cell;   // [B, H], layer normalisation only, as the next one
+    T* dnorm;     // [chunk + 1, B, 5*H]
     T* bias;      // [D*H], sums of the gate gradients
     T* peephole;  // [3*H], sums of gate gradients times c
+    T* norm;      // [2, 5*H], sums for gain and shift
   };
 
   const BackwardParams<T>& q;
@@ -90,6 +96,7 @@ struct Backward {
   T* dh(int d, int64_t s, int64_t b) const { return state[d].dh + slot(s, b) * p.outputs; }
   T* aside(int d, int64_t s, int64_t b) const { return state[d].aside + slot(s, b) * p.hidden; }
   T* carried(int d, int64_t s, int64_t b) const { return state[d].carried + slot(s, b) * p.outputs; }
+  T* dnorm(int d, int64_t s, int64_t b) const { return state[d].dnorm + slot(s, b) * 5 * p.hidden; }
   const T* mask_h(int d, int64_t t, int64_t b) const {
     return mask_row(p.mask_h, p.mask_h_steps, d, t, p.batch, b, p.outputs);
   }
@@ -146,6 +153,12 @@ struct Backward {
     s.carry_c = arena.template get<T>(p.batch * H);
     s.bias = arena.template get<T>(D * H);
     s.peephole = arena.template get<T>(3 * H);
+    if (kNormed) {
+      s.dh_cell = arena.template get<T>(p.batch * H);
+      s.dnorm = arena.template get<T>(slots * 5 * H);
+      s.norm = arena.template get<T>(10 * H);
+      for (int64_t k = 0; k < 10 * H; ++k) s.norm[k] = T(0);
+    }
     const auto fill = [](T* to, const T* from, int64_t count) {
       for (int64_t i = 0; i < count; ++i) to[i] = from == nullptr ? T(0) : from[i];
     };
@@ -288,6 +301,10 @@ struct Backward {
           product(state.second, s, count,
                   [&](int64_t i, V sum, int64_t unit, auto m) { second(i, sum, unit, m); });
         }
+        if constexpr (kNormed) {
+          barrier.wait(slice.unit_parts);
+          for (int64_t i = slice.unit_part; i < count; i += slice.unit_parts) norm_row(step[i]);
+        }
         barrier.wait(slice.unit_parts);
       }
     }
@@ -345,6 +362,7 @@ struct Backward {
           row.mask_h_prev = follows ? f.mask_h(d, t_prev, b) : nullptr;
           row.mask_c_prev = follows ? f.mask_c(d, t_prev, b) : nullptr;
           row.y_prev = row.h_prev;
+          if (kNormed) row.dh_cell = state.dh_cell + b * p.hidden, row.dnorm = f.dnorm(d, s, b);
           if (row.mask_h_prev != nullptr) row.h_prev = f.carried(d, s, b);
         }
       }
@@ -367,7 +385,7 @@ struct Backward {
       }
       if (row.dy != nullptr) dh += V::load(row.dy + unit, m);
       if (kVaried && __builtin_isfinite(p.proj_clip))
-        dh = where_within(V::load(row.tape + C::kTape * p.hidden + unit, m), V(p.proj_clip), dh);
+        dh = where_within(V::load(row.tape + tape_clip<C>(p) + unit, m), V(p.proj_clip), dh);
       if constexpr (kTwoHalves) {
         const V z = V::load(row.tape + p.hidden + unit, m), n = V::load(row.tape + 2 * p.hidden + unit, m);
         V dz, dn;
@@ -399,21 +417,77 @@ struct Backward {
     }
 
     template <typename Lanes>
+    RNN_FN V c_prev(const BackwardRow<T>& row, int64_t unit, Lanes m) const {
+      const V c = V::load(row.c_prev + unit, m);
+      return kVaried && row.mask_c_prev != nullptr ? c * V::load(row.mask_c_prev + unit, m) : c;
+    }
+
+    // The gradient by the new c from later steps and from the caller.
+    template <typename Lanes>
+    RNN_FN V dc_next(const BackwardRow<T>& row, int64_t unit, Lanes m) const {
+      V dc = V::load(row.carry_c + unit, m);
+      if (kVaried && row.mask_c != nullptr) dc = dc * V::load(row.mask_c + unit, m);
+      if (row.dc_all != nullptr) dc += V::load(row.dc_all + unit, m);
+      return dc;
+    }
+
+    // The cell of a whole row with layer normalisation, from dh_cell.
+    void norm_row(const BackwardRow<T>& row) {
+      const int64_t H = p.hidden;
+      const auto& w = p.weights[d];
+      const T one(1), *scale = row.tape + (kNormedC + 1) * H, *c_normed = row.tape + kNormedC * H;
+      const auto each = [&](const auto& use) {
+        for (int64_t unit = 0; unit < H; unit += N)
+          V::with_lanes(H - unit, [&](auto m) {
+            const Policy policy = policy_at<Policy, V>(p, d, unit, m);
+            const V c = c_prev(row, unit, m);
+            use(policy, NormedGates<T, Policy>(p, d, policy, row.tape, c, unit, m), c, unit, m);
+          });
+      };
+      each([&](const Policy& policy, auto gates, V, int64_t unit, auto m) {
+        const V c = V::load(row.tape + C::kMemory * H + unit, m), dh = V::load(row.dh_cell + unit, m);
+        V sum_o = gates.o_sum;
+        policy.see_new(c, sum_o);
+        const V o = sigmoid(sum_o), u = policy.activate(c), d_o = dh * u * o * (V(one) - o);
+        V dc = dc_next(row, unit, m) + policy.through(u, dh * o);
+        policy.seen_new(d_o, dc);
+        const V unclipped = V::load(c_normed + unit, m) * V::load(w.norm_gain + 4 * H + unit, m) +
+                            V::load(w.norm_shift + 4 * H + unit, m);
+        d_o.store(row.dnorm + 3 * H + unit, m);
+        policy.clipped(unclipped, dc).store(row.dnorm + 4 * H + unit, m);
+        if (p.projected) (o * u).store(row.aside + unit, m);
+      });
+      // From here on carry_c is the gradient by the c that was normalised.
+      Norm<T>::backward(row.dnorm + 4 * H, c_normed, w.norm_gain + 4 * H, scale[4], H, row.carry_c);
+      each([&](const Policy& policy, auto gates, V c, int64_t unit, auto m) {
+        const V dc = V::load(row.carry_c + unit, m), i = gates.i, f = gates.f, g = gates.g;
+        const V di = dc * g * i * (V(one) - i), df = dc * c * f * (V(one) - f);
+        di.store(row.dnorm + unit, m);
+        df.store(row.dnorm + H + unit, m);
+        policy.through(g, dc * i).store(row.dnorm + 2 * H + unit, m);
+        V dc_prev = dc * f;
+        policy.seen_old(di, df, dc_prev);
+        (row.cut ? V(T(0)) : dc_prev).store(row.carry_c + unit, m);
+        if (!p.projected) V(T(0)).store(row.carry_h + unit, m);
+      });
+      for (int g = 0; g < 4; ++g)
+        Norm<T>::backward(row.dnorm + g * H, row.tape + g * H, w.norm_gain + g * H, scale[g], H,
+                          row.dgates + g * H);
+    }
+
+    template <typename Lanes>
     RNN_FN void cell(const BackwardRow<T>& row, V dh, int64_t unit, Lanes m) {
-      if constexpr (!kTwoHalves) {
+      if constexpr (kNormed) {
+        dh.store(row.dh_cell + unit, m);
+      } else if constexpr (!kTwoHalves) {
         V tape[C::kTape], dgates[D];
 #pragma GCC unroll 8
         for (int k = 0; k < C::kTape; ++k) tape[k] = V::load(row.tape + k * p.hidden + unit, m);
         typename C::State prev{V(T(0)), V(T(0))}, dnext{dh, V(T(0))};
         if (C::kReadsH) prev.h = V::load(row.h_prev + unit, m);
         if (C::kMemory >= 0) {
-          prev.c = V::load(row.c_prev + unit, m);
-          dnext.c = V::load(row.carry_c + unit, m);
-          if constexpr (kVaried) {
-            if (row.mask_c_prev != nullptr) prev.c = prev.c * V::load(row.mask_c_prev + unit, m);
-            if (row.mask_c != nullptr) dnext.c = dnext.c * V::load(row.mask_c + unit, m);
-          }
-          if (row.dc_all != nullptr) dnext.c += V::load(row.dc_all + unit, m);
+          prev.c = c_prev(row, unit, m);
+          dnext.c = dc_next(row, unit, m);
         }
         const Policy policy = policy_at<Policy, V>(p, d, unit, m);
         typename C::State dprev = C::backward(policy, tape, prev, dnext, dgates);

@@ -12,6 +12,7 @@
 #include "cells/rnn.h"
 #include "cpu/arena.h"
 #include "cpu/kernels.h"
+#include "cpu/norm.h"
 #include "cpu/rows.h"
 #include "cpu/team.h"
 #include "cpu/tile.h"
@@ -85,10 +86,14 @@ bool is_varied(const LayerParams<T>& p) {
          __builtin_isfinite(p.proj_clip) || p.mask_h != nullptr || p.mask_c != nullptr;
 }
 
-// Values that a row of the tape has.
+// Where in a row of the tape the projection before it is clipped is, and the size of the row.
+template <typename C, typename T>
+int64_t tape_clip(const LayerParams<T>& p) {
+  return C::kTape * p.hidden + (p.weights[0].norm_gain == nullptr ? 0 : tape_of_norm(p.hidden));
+}
 template <typename C, typename T>
 int64_t tape_size(const LayerParams<T>& p) {
-  return C::kTape * p.hidden + (__builtin_isfinite(p.proj_clip) ? p.outputs : 0);
+  return tape_clip<C>(p) + (__builtin_isfinite(p.proj_clip) ? p.outputs : 0);
 }
 
 // One row's mask at time t, or null.
@@ -102,7 +107,7 @@ template <typename T, template <typename> class CellOf, typename Policy>
 struct Forward {
   using V = VecOf<T>;
   using C = CellOf<V>;
-  static constexpr bool kVaried = Policy::kVaried;
+  static constexpr bool kVaried = Policy::kVaried, kNormed = Policy::kNormed;
   static constexpr int N = V::kSize;
   static constexpr int G = C::kGates;
   using W = Weights<T, CellOf>;
@@ -222,7 +227,7 @@ struct Forward {
           back(forward.backwards(direction)),
           mine(slice_.rows(forward.p.batch)),
           fused(forward.state[direction].chunk == 1 && int(Input::kUnits) == int(Recurrent::kUnits)),
-          added(fused && C::kHiddenBias < 0 && weights.input.packed != nullptr) {
+          added(fused && !kNormed && C::kHiddenBias < 0 && weights.input.packed != nullptr) {
       step = memory.template get<StepRow<T>>(mine);
       left = memory.template get<const T*>(max64(mine, kRowBlock));
       inputs = memory.template get<const T*>(mine);
@@ -236,6 +241,10 @@ struct Forward {
         const int64_t count = slice.rows(state.rows.active[s]);
         place(s, count);
         first_half(s, count);
+        if constexpr (kNormed) {
+          barrier.wait(slice.unit_parts);
+          for (int64_t i = slice.unit_part; i < count; i += slice.unit_parts) norm_row(step[i]);
+        }
         if (f.has_second()) {
           barrier.wait(slice.unit_parts);
           second_half(s, count);
@@ -359,7 +368,9 @@ struct Forward {
               const Policy policy = policy_at<Policy, V>(p, d, unit, m);
               const T* sums = acc + v * kFirst * N;
               for (int64_t i = i0; i < i0 + block; ++i, sums += Recurrent::kWidth) {
-                if constexpr (kTwoHalves)
+                if constexpr (kNormed)
+                  add_sums(i, sums, unit, m);
+                else if constexpr (kTwoHalves)
                   reset_and_update(i, sums, unit, m);
                 else
                   cell(policy, i, sums, unit, m);
@@ -384,17 +395,61 @@ struct Forward {
       if (C::kReadsH) prev.h = V::load(left[i] + unit, m);
       if (C::kMemory >= 0) prev.c = V::load(row.c_prev + unit, m);
       const typename C::State next = C::forward(policy, wx, rh, prev, tape);
-      next.h.store(row.h + unit, m);
-      if (!p.projected) carry(row, next.h, unit, m);
-      if (C::kMemory >= 0) {
-        V carried_c = next.c;
-        if (kVaried && row.mask_c != nullptr) carried_c = carried_c * V::load(row.mask_c + unit, m);
-        carried_c.store(row.c + unit, m);
-        if (row.c_out != nullptr) next.c.store(row.c_out + unit, m);
-      }
+      store_state(row, next.h, next.c, unit, m);
       if (row.tape == nullptr) return;
 #pragma GCC unroll 8
       for (int k = 0; k < C::kTape; ++k) tape[k].store(row.tape + k * p.hidden + unit, m);
+    }
+
+    template <typename Lanes>
+    RNN_FN void store_state(const StepRow<T>& row, V h, V c, int64_t unit, Lanes m) {
+      h.store(row.h + unit, m);
+      if (!p.projected) carry(row, h, unit, m);
+      if (C::kMemory < 0) return;
+      V carried_c = c;
+      if (kVaried && row.mask_c != nullptr) carried_c = carried_c * V::load(row.mask_c + unit, m);
+      carried_c.store(row.c + unit, m);
+      if (row.c_out != nullptr) c.store(row.c_out + unit, m);
+    }
+
+    // wx += W h, for the rows that are normalised whole.
+    template <typename Lanes>
+    RNN_FN void add_sums(int64_t i, const T* sums, int64_t unit, Lanes m) {
+      for (int g = 0; g < G; ++g) {
+        T* to = step[i].wx + g * p.hidden + unit;
+        (V::load(to, m) + V::load(sums + g * N)).store(to, m);
+      }
+    }
+
+    // The cell of a whole row with layer normalisation; row.wx holds its sums, and then the normalised ones.
+    void norm_row(const StepRow<T>& row) {
+      const int64_t H = p.hidden;
+      const auto& w = p.weights[d];
+      // In inference the first gate's place is free for c by the time it is written.
+      T* c_sum = row.tape == nullptr ? row.wx : row.tape + kNormedC * H;
+      T scale[5];
+      for (int g = 0; g < 4; ++g)
+        scale[g] = Norm<T>::normalise(row.wx + g * H, H, p.norm_eps, row.wx + g * H);
+      const auto each = [&](const auto& use) {
+        for (int64_t unit = 0; unit < H; unit += N)
+          V::with_lanes(H - unit, [&](auto m) { use(policy_at<Policy, V>(p, d, unit, m), unit, m); });
+      };
+      each([&](const Policy& policy, int64_t unit, auto m) {
+        const V c_prev = V::load(row.c_prev + unit, m);
+        const NormedGates<T, Policy> gates(p, d, policy, row.wx, c_prev, unit, m);
+        (gates.f * c_prev + gates.i * gates.g).store(c_sum + unit, m);
+      });
+      scale[4] = Norm<T>::normalise(c_sum, H, p.norm_eps, c_sum);
+      each([&](const Policy& policy, int64_t unit, auto m) {
+        const int64_t o = 3 * H + unit;
+        V sum_o = V::load(row.wx + o, m) * V::load(w.norm_gain + o, m) + V::load(w.norm_shift + o, m);
+        const V c = policy.clip(V::load(c_sum + unit, m) * V::load(w.norm_gain + 4 * H + unit, m) +
+                                V::load(w.norm_shift + 4 * H + unit, m));
+        policy.see_new(c, sum_o);
+        store_state(row, sigmoid(sum_o) * policy.activate(c), c, unit, m);
+        if (row.tape != nullptr) c.store(row.tape + C::kMemory * H + unit, m);
+      });
+      if (row.tape != nullptr) memcpy(row.tape + (kNormedC + 1) * H, scale, sizeof scale);
     }
 
     // Hands an output on to the next step, if that is not to read it from y.
@@ -459,7 +514,7 @@ struct Forward {
       } else {
         const StepRow<T>& row = step[i];
         if (kVaried && __builtin_isfinite(p.proj_clip)) {
-          if (row.tape != nullptr) sum.store(row.tape + C::kTape * p.hidden + unit, m);
+          if (row.tape != nullptr) sum.store(row.tape + tape_clip<C>(p) + unit, m);
           sum = at_most(at_least(sum, V(-p.proj_clip)), V(p.proj_clip));
         }
         sum.store(row.y + unit, m);

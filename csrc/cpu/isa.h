@@ -32,6 +32,7 @@ auto with_cell(const LayerParams<T>& p, const Use& use) {
     case Cell::kLstmCoupled:
       return use(CellType<LstmCoupled>(), Type<Varied<VecOf<T>>>());
     default:
+      if (p.weights[0].norm_gain != nullptr) return use(CellType<Lstm>(), Type<Normed<VecOf<T>>>());
       return either(CellType<Lstm>());
   }
 }

@@ -235,6 +235,12 @@ LayerParams<T> layer_params(const Arguments& a, Widened<T>& wide) {
     w.weight_hr = wide.dense(a.weight_hr, d);
     if (!a.peephole.empty()) RNN_CHECK_SHAPE(a.peephole.at(d), 3, p.hidden);
     w.peephole = wide.dense(a.peephole, d);
+    if (!a.norm_gain.empty()) {
+      RNN_CHECK_SHAPE(a.norm_gain.at(d), info.gates + 1, p.hidden);
+      RNN_CHECK_SHAPE(a.norm_shift.at(d), info.gates + 1, p.hidden);
+      STD_TORCH_CHECK(p.cell == Cell::kLstm, "no CPU kernel serves layer normalisation of this cell");
+    }
+    w.norm_gain = wide.dense(a.norm_gain, d), w.norm_shift = wide.dense(a.norm_shift, d);
   }
   if (a.h0.has_value()) RNN_CHECK_SHAPE(*a.h0, p.directions, p.batch, p.outputs);
   if (a.c0.has_value()) RNN_CHECK_SHAPE(*a.c0, p.directions, p.batch, p.hidden);
@@ -253,16 +259,17 @@ LayerParams<T> layer_params(const Arguments& a, Widened<T>& wide) {
   p.cell_clip = bound<T>(a.cell_clip), p.proj_clip = bound<T>(a.proj_clip);
 
   // ops.py sends calls with these to the reference; a kernel that ignored one would be wrong in silence.
-  STD_TORCH_CHECK(
-      a.norm_gain.empty() && a.norm_shift.empty() && !a.zoneout_h.has_value() && !a.zoneout_c.has_value(),
-      "no CPU kernel serves this variation");
+  p.norm_eps = T(a.norm_eps);
+  STD_TORCH_CHECK(!a.zoneout_h.has_value() && !a.zoneout_c.has_value(),
+                  "no CPU kernel serves this variation");
   return p;
 }
 
-// Values per row and step of the tape; with proj_clip the projection before it is clipped is there too.
+// Values per row and step of the tape, as params.h has them.
 template <typename T>
 int64_t tape_size(const Arguments& a, const LayerParams<T>& p) {
-  return cell_info(a.cell).tape * p.hidden + (std::isfinite(p.proj_clip) ? p.outputs : 0);
+  return cell_info(a.cell).tape * p.hidden + (a.norm_gain.empty() ? 0 : p.hidden + 5) +
+         (std::isfinite(p.proj_clip) ? p.outputs : 0);
 }
 
 // By the shim: torch::stable::new_empty goes through the dispatcher, and small steps would feel it.
@@ -508,6 +515,8 @@ LayerGradient backward(const MaybeTensor& dy, const MaybeTensor& dc_all, const M
     list(a.bias_hh, &DirectionWeights<T>::bias_hh);
     list(a.weight_hr, &DirectionWeights<T>::weight_hr);
     list(a.peephole, &DirectionWeights<T>::peephole);
+    list(a.norm_gain, &DirectionWeights<T>::norm_gain);
+    list(a.norm_shift, &DirectionWeights<T>::norm_shift);
   }
   if constexpr (sizeof(T) == sizeof(float))
     kernels().backward_f32(q, team_size(p, info.gates), run_team);

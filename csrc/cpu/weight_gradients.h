@@ -15,7 +15,9 @@ struct WeightGradients {
     int64_t count;
     const T *dgates[kOuterDepth], *x[kOuterDepth], *h_prev[kOuterDepth], *dh[kOuterDepth],
         *aside[kOuterDepth];
-    const T *c[kOuterDepth], *c_prev[kOuterDepth], *mask_c_prev[kOuterDepth];  // With peepholes only.
+    // With peepholes, and with layer normalisation, only. gates are what the peepholes were added to.
+    const T *c[kOuterDepth], *c_prev[kOuterDepth], *mask_c_prev[kOuterDepth], *gates[kOuterDepth];
+    const T *tape[kOuterDepth], *dnorm[kOuterDepth];
   };
 
   B& f;
@@ -59,6 +61,7 @@ struct WeightGradients {
       outer_sums(block, memory);
       bias_sums(block);
       if constexpr (B::kVaried && B::C::kMemory >= 0) peephole_sums(block);
+      if constexpr (B::kNormed) norm_sums(block);
       accumulate = true;
     }
   }
@@ -77,7 +80,9 @@ struct WeightGradients {
       block.c[k] = f.tape(d, t, b) + c_at;
       block.c_prev[k] = cut ? f.zeros : s > 0 ? f.tape(d, t_prev, b) + c_at : f.initial(p.c0, d, b, p.hidden);
       block.mask_c_prev[k] = s > 0 && !cut ? f.mask_c(d, t_prev, b) : nullptr;
+      block.gates[k] = B::kNormed ? f.dnorm(d, s, b) : block.dgates[k];
     }
+    if (B::kNormed) block.tape[k] = f.tape(d, t, b), block.dnorm[k] = f.dnorm(d, s, b);
     if (p.projected) block.dh[k] = f.dh(d, s, b);
     if (f.has_second()) block.aside[k] = f.aside(d, s, b);
   }
@@ -136,11 +141,32 @@ struct WeightGradients {
           for (int g = 0; g < 3; ++g)
             if (const int gate = B::C::kPeepholes[g]; gate >= 0)
               sum[g] +=
-                  V::load(block.dgates[k] + gate * H + m, n) * (g == 2 ? V::load(block.c[k] + m, n) : c_prev);
+                  V::load(block.gates[k] + gate * H + m, n) * (g == 2 ? V::load(block.c[k] + m, n) : c_prev);
         }
         for (int g = 0; g < 3; ++g)
           (V::load(state.peephole + g * H + m, n) + sum[g]).store(state.peephole + g * H + m, n);
       }
+  }
+
+  // Gradients by gain and shift of the layer normalisation; by few rows as above.
+  void norm_sums(const Block& block) const {
+    constexpr int64_t kRows = 32;
+    using V = typename B::V;
+    const int64_t H = p.hidden;
+    const Range columns = share(H, slice.index(), slice.size());
+    for (int64_t k0 = 0; k0 < block.count; k0 += kRows)
+      for (int g = 0; g < 5; ++g)
+        for (int64_t m = columns.begin; m < columns.end; m += B::N) {
+          const int64_t n = min64(B::N, columns.end - m), from = (g < 4 ? g : kNormedC) * H + m;
+          V gain(T(0)), shift(T(0));
+          for (int64_t k = k0; k < min64(k0 + kRows, block.count); ++k) {
+            const V dn = V::load(block.dnorm[k] + g * H + m, n);
+            gain += dn * V::load(block.tape[k] + from, n), shift += dn;
+          }
+          T* to = state.norm + g * H + m;
+          (V::load(to, n) + gain).store(to, n);
+          (V::load(to + 5 * H, n) + shift).store(to + 5 * H, n);
+        }
   }
 
   // After the last sums: threads have made their columns of state.bias and state.peephole.
@@ -149,6 +175,10 @@ struct WeightGradients {
     if (slice.index() != 0) return;
     const int64_t H = p.hidden;
     if (B::kVaried && dw.peephole != nullptr) memcpy(dw.peephole, state.peephole, 3 * H * sizeof(T));
+    if (B::kNormed && dw.norm_gain != nullptr) {
+      memcpy(dw.norm_gain, state.norm, 5 * H * sizeof(T));
+      memcpy(dw.norm_shift, state.norm + 5 * H, 5 * H * sizeof(T));
+    }
     if (dw.bias_ih == nullptr) return;
     memcpy(dw.bias_ih, state.bias + B::C::kInputGrads * H, B::G * H * sizeof(T));
     memcpy(dw.bias_hh + B::kRotate * H, state.bias, (B::G - B::kRotate) * H * sizeof(T));
