@@ -141,14 +141,27 @@ def test_gradient_of_each_input_is_right(path: str, cell: str) -> None:
         assert torch.autograd.gradcheck(layer, [variable]), f"variable {i}"
 
 
+EVERYTHING = ("norm", "peephole", "cell_clip", "proj_clip", "mask_h", "mask_c once", "sigmoid")
+
+
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["constant", "grad"])
 @pytest.mark.parametrize(
-    ("cell", "dtype"), [*((cell, torch.float32) for cell in CELLS), ("lstm", torch.bfloat16)], ids=str
+    ("cell", "dtype", "variations"),
+    [
+        *((cell, torch.float32, ()) for cell in CELLS),
+        ("lstm", torch.bfloat16, ()),
+        ("lstm", torch.float32, EVERYTHING),
+    ],
+    ids=str,
 )
-def test_ops_keep_the_dispatchers_contract(cell: str, dtype: torch.dtype, requires_grad: bool) -> None:
+def test_ops_keep_the_dispatchers_contract(
+    cell: str, dtype: torch.dtype, variations: tuple[str, ...], requires_grad: bool
+) -> None:
     extras = {"lengths": torch.tensor([2, 0, 4]), "resets": torch.rand(4, 3) < 0.3}
-    a = arguments(cell, directions=2, dtype=dtype, requires_grad=requires_grad, **extras)
-    call = flat(a, Options(cell))
+    projection = 5 if "proj_clip" in variations else 0
+    a = arguments(cell, (4, 3, 5, 7), 2, projection, dtype, requires_grad, **extras)
+    a, options = _vary(a, *variations)
+    call = flat(a, Options(**{**vars(options), "cell": cell}))
     if not requires_grad:
         torch.library.opcheck(torch.ops.torchrnn.layer_infer.default, (*call, True))
     torch.library.opcheck(torch.ops.torchrnn.layer.default, (*call, True))

@@ -15,16 +15,15 @@ from torchrnn.rnn_cell.base import Run
 
 def gate_rows(kernel: Tensor, order: Sequence[int]) -> Tensor:
     """Turns [I, G*U] into [G*U, I], the blocks of U columns in the order that the engine has them."""
-    inputs, columns = kernel.shape
-    blocks = kernel.view(inputs, len(order), columns // len(order))
-    if list(order) != sorted(order):
-        blocks = blocks[:, list(order)]
-    return blocks.reshape(inputs, columns).t()
+    # Transposed last: torch has a fast way for a whole matrix, but not for pieces of one.
+    blocks = kernel.chunk(len(order), 1)
+    return torch.cat([blocks[i] for i in order], 1).t().contiguous()
 
 
 def gate_vector(bias: Tensor, order: Sequence[int]) -> Tensor:
     """Turns [G*U] into the engine's order of blocks."""
-    return bias.view(len(order), -1)[list(order)].reshape(-1)
+    blocks = bias.chunk(len(order))
+    return torch.cat([blocks[i] for i in order])
 
 
 def run_layer(
@@ -38,7 +37,7 @@ def run_layer(
     *,
     projection: Tensor | None = None,
     peephole: Tensor | None = None,
-    norm: tuple[Tensor, Tensor] | None = None,
+    norm: tuple[Tensor, Tensor, float] | None = None,
     masks: tuple[Tensor | None, Tensor | None] = (None, None),
     hidden_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,7 +53,7 @@ def run_layer(
         c0: [B, H] for a cell with memory.
         projection: [R, H]
         peephole: [3, H]
-        norm: Gain and shift of the layer normalisation, [G + 1, H] each.
+        norm: Gain and shift of the layer normalisation, [G + 1, H] each, and what is added to the variance.
         masks: Factors on the h and the c that are carried on, [T or 1, B or 1, R] and [T or 1, B or 1, H].
         hidden_bias: [G*H], added to what is applied to h, for a cell that keeps it apart; zeros by default.
     """
@@ -63,16 +62,21 @@ def run_layer(
     def listed(tensor: Tensor | None) -> list[Tensor]:
         return [] if tensor is None else [tensor]
 
+    if bias is None and hidden_bias is not None:
+        bias = torch.zeros_like(hidden_bias)
+    elif bias is not None and hidden_bias is None:
+        hidden_bias = torch.zeros_like(bias)
+
     def spread(mask: Tensor | None) -> Tensor | None:
         return None if mask is None else mask.expand(-1, batch, -1).unsqueeze(0)
 
-    gain, shift = norm or (None, None)
+    gain, shift, epsilon = norm or (None, None, options.norm_eps)
     a = Arguments(
         x,
         [weight[:, :inputs]],
         [weight[:, inputs:]],
         listed(bias),
-        [] if bias is None else [torch.zeros_like(bias) if hidden_bias is None else hidden_bias],
+        listed(hidden_bias),
         listed(projection),
         listed(peephole),
         listed(gain),
@@ -84,7 +88,6 @@ def run_layer(
         spread(masks[0]),
         spread(masks[1]),
     )
-    if run.reverse:
-        options = Options(**{**vars(options), "reverse": True})
+    options = Options(**{**vars(options), "reverse": run.reverse, "norm_eps": epsilon})
     y, _, h_n, c_n = ops.layer(a, options)
     return y, h_n[0], c_n if c0 is None else c_n[0]
