@@ -32,7 +32,7 @@ demo: $(VENV)/.with-demo build/.extension ## Train a small classifier of digits 
 	@$(BIN)/python examples/digits.py $(ARGS)
 
 # Twice: with the kernels, and without them, so that every op takes its fallback.
-FALLBACK_TESTS := $(addprefix tests/test_,$(addsuffix .py,parity ops native modules sequences cells errors convert))
+FALLBACK_TESTS := $(addprefix tests/test_,$(addsuffix .py,parity ops native modules sequences cells errors convert scan))
 
 test: $(VENV)/.with-test build/.extension ## Run the tests (under five minutes); ARGS goes to pytest.
 	@$(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
@@ -95,7 +95,7 @@ NVCC := $(or $(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc))
 NVCC_FLAGS := -std=c++20 -Icsrc -Werror all-warnings -Xptxas -warn-spills \
   $(foreach arch,$(CUDA_ARCHS),-gencode arch=compute_$(arch),code=sm_$(arch))
 HOST_ONLY := csrc/cells/vec.h
-DEVICE_HEADERS := $(filter-out $(HOST_ONLY),$(wildcard csrc/params.h csrc/cells/*.h))
+DEVICE_HEADERS := $(filter-out $(HOST_ONLY),$(wildcard csrc/params.h csrc/scan_params.h csrc/cells/*.h))
 DEVICE_SOURCES := $(wildcard csrc/cells/nvcc_check.cu)
 
 nvcc-check: ## Compile the shared headers with nvcc; without nvcc it says so and passes.

@@ -22,7 +22,7 @@ def check(a: Arguments, options: Options) -> None:
     _check_weights(call, a, options)
     _check_states(call, a, options)
     if a.lengths is not None:
-        _check_lengths(call, a.lengths)
+        check_lengths(call.name, call.x, a.lengths)
     if a.resets is not None:
         _check_resets(call, a.resets)
 
@@ -153,8 +153,9 @@ def _need_memory(call: _Call, field: str, options: Options) -> None:
         raise ValueError(f"{call.name}: {field} must be absent, it applies to cells with memory only")
 
 
-def _check_lengths(call: _Call, lengths: Tensor) -> None:
-    name, (steps, batch, _) = call.name, call.x.shape
+def check_lengths(name: str, x: Tensor, lengths: Tensor) -> None:
+    """Raises unless lengths fit x [T, B, I]; ``name`` is that of the op."""
+    steps, batch, _ = x.shape
     if not isinstance(lengths, Tensor):
         raise TypeError(f"{name}: lengths must be a tensor, got {type(lengths).__name__}")
     if lengths.shape != (batch,):

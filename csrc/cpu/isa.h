@@ -4,6 +4,7 @@
 #include "cpu/backward.h"
 #include "cpu/floors.h"
 #include "cpu/forward.h"
+#include "cpu/scan.h"
 
 namespace torchrnn {
 inline namespace RNN_ISA {
@@ -61,8 +62,10 @@ void backward(const BackwardParams<T>& p, int threads, cpu::RunTeam run_team) {
 }  // namespace RNN_ISA
 }  // namespace torchrnn
 
-#define RNN_KERNELS                                                           \
-  {torchrnn::RNN_ISA::forward<float>,    torchrnn::RNN_ISA::forward<double>,  \
-   torchrnn::RNN_ISA::backward<float>,   torchrnn::RNN_ISA::backward<double>, \
-   torchrnn::RNN_ISA::pack<float>,       torchrnn::RNN_ISA::pack<double>,     \
-   torchrnn::RNN_ISA::multiply_add_loop, torchrnn::RNN_ISA::read_loop}
+#define RNN_KERNELS                                                                   \
+  {torchrnn::RNN_ISA::forward<float>,       torchrnn::RNN_ISA::forward<double>,       \
+   torchrnn::RNN_ISA::backward<float>,      torchrnn::RNN_ISA::backward<double>,      \
+   torchrnn::RNN_ISA::pack<float>,          torchrnn::RNN_ISA::pack<double>,          \
+   torchrnn::RNN_ISA::scan_forward<float>,  torchrnn::RNN_ISA::scan_forward<double>,  \
+   torchrnn::RNN_ISA::scan_backward<float>, torchrnn::RNN_ISA::scan_backward<double>, \
+   torchrnn::RNN_ISA::multiply_add_loop,    torchrnn::RNN_ISA::read_loop}

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "params.h"
+#include "scan_params.h"
 
 namespace torchrnn {
 namespace cpu {
@@ -24,6 +25,10 @@ struct Kernels {
   // Lays the weights out as LayerParams::packed wants them, unless `out` is null; returns their number.
   int64_t (*pack_f32)(const LayerParams<float>&, float* out);
   int64_t (*pack_f64)(const LayerParams<double>&, double* out);
+  void (*scan_f32)(const ScanParams<float>&, int threads, RunTeam);
+  void (*scan_f64)(const ScanParams<double>&, int threads, RunTeam);
+  void (*scan_backward_f32)(const ScanBackwardParams<float>&, int threads, RunTeam);
+  void (*scan_backward_f64)(const ScanBackwardParams<double>&, int threads, RunTeam);
   // Floors that bench measures against. iterations of a loop of independent multiply-adds; returns their
   // number.
   double (*multiply_add_loop)(int64_t iterations);

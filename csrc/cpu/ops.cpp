@@ -563,6 +563,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> layer_backward(const MaybeTensor& dy
   return {grad.dx, grad.dh0, grad.dc0, grad.dweights};
 }
 
+// Recurrences without a recurrent product
+// ----------------------------------------------------------------------------------------------
+
+#include "cpu/scan_ops.h"
+
 // Floors
 // ------------------------------------------------------------------------------------------------------------
 
@@ -618,6 +623,9 @@ STABLE_TORCH_LIBRARY_IMPL(torchrnn, CPU, m) {
   m.impl("layer_backward", TORCH_BOX(&torchrnn::cpu::layer_backward));
   m.impl("pack", TORCH_BOX(&torchrnn::cpu::pack_weights));
   m.impl("layer_packed", TORCH_BOX(&torchrnn::cpu::layer_packed));
+  m.impl("scan", TORCH_BOX(&torchrnn::cpu::scan));
+  m.impl("scan_infer", TORCH_BOX(&torchrnn::cpu::scan_infer));
+  m.impl("scan_backward", TORCH_BOX(&torchrnn::cpu::scan_backward));
 }
 
 // Ops without tensors, which belong to this library alone.

@@ -1,0 +1,164 @@
+// The CPU kernels behind torchrnn::scan. A part of ops.cpp, which includes it after its helpers, since no
+// other CPU file may include torch. Schemas, argument errors and gradients are in torchrnn/scan.py.
+#pragma once
+
+struct ScanInfo {
+  int64_t gates;
+  bool carries_h, carries_c;
+};
+
+ScanInfo scan_info(int64_t cell) {
+  switch (ScanCell(cell)) {
+    case ScanCell::kIndRnn:
+      return {1, true, false};
+    case ScanCell::kIndyGru:
+      return {3, true, false};
+    case ScanCell::kIndyLstm:
+      return {4, true, true};
+    case ScanCell::kSru:
+      return {4, false, true};
+  }
+  STD_TORCH_CHECK(false, "cell ", cell, " is not known");
+}
+
+// What the ops have in common, in the order of their schemas.
+struct ScanArguments {
+  const Tensor& wx;
+  const MaybeTensor &u, &h0, &c0, &lengths, &mask_h, &mask_c;
+  int64_t cell, activation;
+  bool reverse;
+};
+
+#define RNN_SCAN_PARAMETERS                                                                           \
+  const Tensor &wx, const MaybeTensor &u, const MaybeTensor &h0, const MaybeTensor &c0,               \
+      const MaybeTensor &lengths, const MaybeTensor &mask_h, const MaybeTensor &mask_c, int64_t cell, \
+      int64_t activation, bool reverse
+#define RNN_SCAN_ARGUMENTS \
+  ScanArguments { wx, u, h0, c0, lengths, mask_h, mask_c, cell, activation, reverse }
+
+template <typename T>
+ScanParams<T> scan_params(const ScanArguments& a, Widened<T>& wide) {
+  ScanParams<T> p{};
+  const ScanInfo info = scan_info(a.cell);
+  STD_TORCH_CHECK(a.activation >= 0 && a.activation <= int64_t(Activation::kIdentity), "activation ",
+                  a.activation, " is not known");
+  p.cell = ScanCell(a.cell), p.activation = Activation(a.activation), p.reverse = a.reverse;
+  p.steps = a.wx.size(0), p.batch = a.wx.size(1), p.units = a.wx.size(2) / info.gates;
+  RNN_CHECK_SHAPE(a.wx, p.steps, p.batch, info.gates * p.units);
+  const Tensor wx = wide.rows(a.wx);
+  p.wx = wx.template const_data_ptr<T>(), p.wx_stride_t = wx.stride(0), p.wx_stride_b = wx.stride(1);
+  STD_TORCH_CHECK(a.u.has_value() == info.carries_h, "u is for cells that carry h, and for all of them");
+  if (a.u.has_value()) RNN_CHECK_SHAPE(*a.u, info.gates * p.units);
+  if (a.h0.has_value()) RNN_CHECK_SHAPE(*a.h0, p.batch, p.units);
+  if (a.c0.has_value()) RNN_CHECK_SHAPE(*a.c0, p.batch, p.units);
+  p.u = wide.dense(a.u), p.h0 = wide.dense(a.h0), p.c0 = wide.dense(a.c0);
+  const auto mask = [&](const MaybeTensor& tensor, int64_t& stride_t) -> const T* {
+    if (!tensor.has_value()) return nullptr;
+    RNN_CHECK_SHAPE(*tensor, tensor->size(0) == 1 ? 1 : p.steps, p.batch, p.units);
+    stride_t = tensor->size(0) == 1 ? 0 : p.batch * p.units;
+    return wide.dense(tensor);
+  };
+  p.mask_h = mask(a.mask_h, p.mask_h_stride_t), p.mask_c = mask(a.mask_c, p.mask_c_stride_t);
+  if (a.lengths.has_value()) RNN_CHECK_SHAPE(*a.lengths, p.batch);
+  p.lengths = wide.template dense_as<int64_t>(a.lengths, ScalarType::Long);
+  for (int64_t b = 0; p.lengths != nullptr && b < p.batch; ++b)
+    STD_TORCH_CHECK(p.lengths[b] >= 0 && p.lengths[b] <= p.steps, "lengths must be in 0..T=", p.steps,
+                    ", got ", p.lengths[b]);
+  return p;
+}
+
+// Threads worth starting, from about a quarter of a nanosecond per value of wx.
+template <typename T>
+int scan_team(const ScanParams<T>& p, int64_t gates) {
+  const double ns = 0.25 * double(p.steps) * p.batch * p.units * gates;
+  return ns < 10000 ? 1 : int(torch::stable::get_num_threads());
+}
+
+struct ScanOutput { Tensor y, h_n, c_n, tape; };
+
+template <typename T>
+ScanOutput scan_forward(const ScanArguments& a, bool training) {
+  const ScalarType dtype = a.wx.scalar_type(), wide_dtype = wide_type(a.wx);
+  Widened<T> wide(wide_dtype);
+  ScanParams<T> p = scan_params<T>(a, wide);
+  const ScanInfo info = scan_info(a.cell);
+  const auto make = [&](bool wanted, std::initializer_list<int64_t> shape, T*& pointer) {
+    const Tensor result = wanted ? empty(shape, wide_dtype) : empty({0}, wide_dtype);
+    pointer = wanted ? result.template mutable_data_ptr<T>() : nullptr;
+    return result;
+  };
+  const ScanOutput out{make(true, {p.steps, p.batch, p.units}, p.y),
+                       make(info.carries_h, {p.batch, p.units}, p.h_n),
+                       make(info.carries_c, {p.batch, p.units}, p.c_n),
+                       make(training && info.carries_c, {p.steps, p.batch, p.units}, p.tape)};
+  if constexpr (sizeof(T) == sizeof(float))
+    kernels().scan_f32(p, scan_team(p, info.gates), run_team);
+  else
+    kernels().scan_f64(p, scan_team(p, info.gates), run_team);
+  return {rounded(out.y, dtype), rounded(out.h_n, dtype), rounded(out.c_n, dtype), out.tape};
+}
+
+ScanOutput scan_forward(const ScanArguments& a, bool training) {
+  return wide_type(a.wx) == ScalarType::Double ? scan_forward<double>(a, training)
+                                               : scan_forward<float>(a, training);
+}
+
+using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+FourTensors scan(RNN_SCAN_PARAMETERS) {
+  const ScanOutput out = scan_forward(RNN_SCAN_ARGUMENTS, true);
+  return {out.y, out.h_n, out.c_n, out.tape};
+}
+
+std::tuple<Tensor, Tensor, Tensor> scan_infer(RNN_SCAN_PARAMETERS) {
+  const ScanOutput out = scan_forward(RNN_SCAN_ARGUMENTS, false);
+  return {out.y, out.h_n, out.c_n};
+}
+
+template <typename T>
+FourTensors scan_gradient(const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n,
+                          const ScanArguments& a, const Tensor& y, const Tensor& tape, bool need_du) {
+  const ScalarType dtype = a.wx.scalar_type(), wide_dtype = wide_type(a.wx);
+  Widened<T> wide(wide_dtype);
+  ScanBackwardParams<T> q{};
+  q.scan = scan_params<T>(a, wide);
+  ScanParams<T>& p = q.scan;
+  const ScanInfo info = scan_info(a.cell);
+  RNN_CHECK_SHAPE(y, p.steps, p.batch, p.units);
+  // The struct has no const for the outputs of forward, which are only read here.
+  p.y = const_cast<T*>(wide.dense(y));
+  if (info.carries_c) {
+    RNN_CHECK_SHAPE(tape, p.steps, p.batch, p.units);
+    p.tape = const_cast<T*>(wide.dense(tape));
+  }
+  if (dy.has_value()) {
+    RNN_CHECK_SHAPE(*dy, p.steps, p.batch, p.units);
+    const Tensor rows = wide.rows(*dy);
+    q.dy = rows.template const_data_ptr<T>(), q.dy_stride_t = rows.stride(0), q.dy_stride_b = rows.stride(1);
+  }
+  if (info.carries_h) q.dh_n = wide.dense(dh_n);
+  if (info.carries_c) q.dc_n = wide.dense(dc_n);
+  const auto make = [&](bool wanted, std::initializer_list<int64_t> shape, T*& pointer) {
+    const Tensor result = wanted ? empty(shape, wide_dtype) : empty({0}, wide_dtype);
+    pointer = wanted ? result.template mutable_data_ptr<T>() : nullptr;
+    return result;
+  };
+  need_du = need_du && info.carries_h;
+  const int64_t sums = info.gates * p.units;
+  const Tensor dwx = make(true, {p.steps, p.batch, sums}, q.dwx);
+  const Tensor du = make(need_du, {sums}, q.du);
+  const Tensor dh0 = make(info.carries_h, {p.batch, p.units}, q.dh0);
+  const Tensor dc0 = make(info.carries_c, {p.batch, p.units}, q.dc0);
+  const Tensor du_rows = make(need_du, {p.batch, sums}, q.du_rows);
+  if constexpr (sizeof(T) == sizeof(float))
+    kernels().scan_backward_f32(q, scan_team(p, info.gates), run_team);
+  else
+    kernels().scan_backward_f64(q, scan_team(p, info.gates), run_team);
+  return {rounded(dwx, dtype), rounded(du, dtype), rounded(dh0, dtype), rounded(dc0, dtype)};
+}
+
+FourTensors scan_backward(const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n,
+                          RNN_SCAN_PARAMETERS, const Tensor& y, const Tensor& tape, bool need_du) {
+  const auto run = wide_type(wx) == ScalarType::Double ? scan_gradient<double> : scan_gradient<float>;
+  return run(dy, dh_n, dc_n, RNN_SCAN_ARGUMENTS, y, tape, need_du);
+}
