@@ -1,102 +1,24 @@
 // The CPU kernels behind torchrnn's ops: allocates outputs, fills the parameter structs, picks dtype,
 // instruction set and number of threads. Schemas, argument errors and gradients are in torchrnn/ops.py.
-// Over 400 lines because no other CPU file may include torch.
+// Over 400 lines because the ops have most of their arguments in common.
 //
 // bfloat16 and float16 are widened to float32 here, once per call, and the results rounded.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <cmath>
-#include <limits>
 #include <optional>
-#include <thread>
 #include <tuple>
 #include <vector>
 
 #include "checks.h"
-#include "cpu/kernels.h"
+#include "cpu/tensors.h"
 
 namespace torchrnn {
 namespace cpu {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-using MaybeTensor = std::optional<Tensor>;
-
-// Instruction sets
-// ------------------------------------------------------------------------------------------------
-
-bool isa_supported(int64_t isa) {
-  switch (Isa(isa)) {
-    case Isa::kGeneric:
-      return true;
-#ifdef __x86_64__
-    case Isa::kAvx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    case Isa::kAvx512:
-      return isa_supported(int64_t(Isa::kAvx2)) && __builtin_cpu_supports("avx512f") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512vl");
-#endif
-    default:
-      return false;
-  }
-}
-
-int64_t best_isa() {
-  int64_t isa = kIsaCount - 1;
-  while (!isa_supported(isa)) --isa;
-  return isa;
-}
-
-std::atomic<int64_t> active_isa{best_isa()};
-
-const Kernels& kernels_of(int64_t isa) {
-  STD_TORCH_CHECK(isa >= 0 && isa < kIsaCount && isa_supported(isa), "instruction set ", isa,
-                  " is not supported");
-#ifdef __x86_64__
-  if (Isa(isa) == Isa::kAvx512) return kAvx512Kernels;
-  if (Isa(isa) == Isa::kAvx2) return kAvx2Kernels;
-#endif
-  return kGenericKernels;
-}
-
-const Kernels& kernels() { return kernels_of(active_isa.load(std::memory_order_relaxed)); }
-
-int64_t get_isa() { return active_isa.load(); }
-
-void set_isa(int64_t isa) {
-  kernels_of(isa);
-  active_isa.store(isa);
-}
-
-// Threads
-// ---------------------------------------------------------------------------------------------------------
-
-// Runs a team on torch's threads. parallel_for may hand out fewer chunks than there are threads, or all of
-// them to the caller (inside another parallel region, say); the team is then as large as the number of
-// callers, which all exist when every index is claimed. Only then does anybody start, since members wait for
-// each other.
-void run_team(int threads, Task task, void* context) {
-  if (threads <= 1) return task(context, 0, 1);
-  std::atomic<int> claimed{0}, callers{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    const int arrival = callers.fetch_add(1);
-    claimed.fetch_add(int(end - begin));
-    while (claimed.load() < threads) std::this_thread::yield();
-    const int size = callers.load();
-    // With an index each, ids go by index, so that a thread meets the same part of the weights at every call.
-    task(context, size == threads ? int(begin) : arrival, size);
-  });
-}
 
 // Threads worth their barriers, from what a step must read and compute at about 250 GB/s and 250 GFLOP/s per
 // core.
@@ -135,10 +57,6 @@ CellInfo cell_info(int64_t cell) {
   STD_TORCH_CHECK(false, "cell ", cell, " is not known");
 }
 
-ScalarType wide_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 // What the ops have in common, in the order of their schemas.
 struct Arguments {
   const Tensor& x;
@@ -148,44 +66,6 @@ struct Arguments {
   std::optional<double> cell_clip, proj_clip;
   double norm_eps;
   bool reverse;
-};
-
-// Owns the widened copies that the pointers of a parameter struct point to.
-template <typename T>
-class Widened {
- public:
-  explicit Widened(ScalarType dtype) : dtype_(dtype) {}
-
-  // In the kernels' dtype, the last dimension with stride 1.
-  Tensor rows(const Tensor& tensor) {
-    const int64_t last = tensor.dim() - 1;
-    if (tensor.scalar_type() == dtype_ && (tensor.size(last) <= 1 || tensor.stride(last) == 1)) return tensor;
-    return dense_tensor(tensor, dtype_);
-  }
-  const T* dense(const Tensor& tensor) { return dense_tensor(tensor, dtype_).template const_data_ptr<T>(); }
-  const T* dense(const MaybeTensor& tensor) { return tensor.has_value() ? dense(*tensor) : nullptr; }
-  const T* dense(const Tensors& tensors, int64_t d) { return tensors.empty() ? nullptr : dense(tensors[d]); }
-  template <typename U>
-  const U* dense_as(const MaybeTensor& tensor, ScalarType dtype) {
-    if (!tensor.has_value()) return nullptr;
-    return dense_tensor(*tensor, dtype).template const_data_ptr<U>();
-  }
-
- private:
-  // A tensor that is as it should be is alive for the call anyway, and is spared the calls of torch's
-  // operators: they would cost more than a small step.
-  Tensor dense_tensor(const Tensor& tensor, ScalarType dtype) {
-    const bool converts = tensor.scalar_type() != dtype;
-    if (!converts && tensor.is_contiguous()) return tensor;
-    return keep(torch::stable::contiguous(converts ? torch::stable::to(tensor, dtype) : tensor));
-  }
-  Tensor keep(const Tensor& tensor) {
-    kept_.push_back(tensor);
-    return tensor;
-  }
-
-  ScalarType dtype_;
-  Tensors kept_;
 };
 
 template <typename T>
@@ -198,12 +78,6 @@ void set_sequences(LayerParams<T>& p, Widened<T>& wide, const MaybeTensor& lengt
                     ", got ", p.lengths[b]);
   if (resets.has_value()) RNN_CHECK_SHAPE(*resets, p.steps, p.batch);
   p.resets = wide.template dense_as<bool>(resets, ScalarType::Bool);
-}
-
-// A bound as the kernels have it: infinity is none, also one beyond all numbers of the dtype.
-template <typename T>
-T bound(const std::optional<double>& value) {
-  return value.has_value() ? T(*value) : std::numeric_limits<T>::infinity();
 }
 
 template <typename T>
@@ -272,27 +146,6 @@ int64_t tape_size(const Arguments& a, const LayerParams<T>& p) {
          (std::isfinite(p.proj_clip) ? p.outputs : 0);
 }
 
-// By the shim: torch::stable::new_empty goes through the dispatcher, and small steps would feel it.
-Tensor empty(const int64_t* shape, int64_t dim, ScalarType dtype) {
-  constexpr int64_t kMaxDim = 4;
-  STD_TORCH_CHECK(dim <= kMaxDim, "at most 4 dimensions are needed, got ", dim);
-  int64_t strides[kMaxDim];
-  for (int64_t i = dim, stride = 1; i-- > 0; stride *= shape[i] > 0 ? shape[i] : 1) strides[i] = stride;
-  const int32_t code = dtype == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, shape, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return empty(shape.begin(), int64_t(shape.size()), dtype);
-}
-
-Tensor rounded(const Tensor& tensor, ScalarType dtype) {
-  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
-}
-
 // Ops
 // ---------------------------------------------------------------------------------------------------------------
 
@@ -340,7 +193,7 @@ constexpr int64_t kHeader = 16;
 
 template <typename T>
 void packed_header(const LayerParams<T>& p, T (&header)[kHeader]) {
-  const int64_t values[kHeader] = {get_isa(), int64_t(p.cell), p.directions, p.inputs,
+  const int64_t values[kHeader] = {active_isa.load(), int64_t(p.cell), p.directions, p.inputs,
                                    p.hidden,  p.outputs,       p.projected};
   for (int64_t i = 0; i < kHeader; ++i) header[i] = T(values[i]);
 }
@@ -563,13 +416,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> layer_backward(const MaybeTensor& dy
   return {grad.dx, grad.dh0, grad.dc0, grad.dweights};
 }
 
-// Recurrences without a recurrent product
-// ----------------------------------------------------------------------------------------------
-
-#include "cpu/scan_ops.h"
-
-// Floors
+// Instruction sets and floors
 // ------------------------------------------------------------------------------------------------------------
+
+int64_t get_isa() { return active_isa.load(); }
+
+void set_isa(int64_t isa) {
+  kernels_of(isa);
+  active_isa.store(isa);
+}
 
 // Repeats work, which returns how much it did, on all threads for about `seconds`; returns the total per
 // nanosecond.
@@ -623,9 +478,6 @@ STABLE_TORCH_LIBRARY_IMPL(torchrnn, CPU, m) {
   m.impl("layer_backward", TORCH_BOX(&torchrnn::cpu::layer_backward));
   m.impl("pack", TORCH_BOX(&torchrnn::cpu::pack_weights));
   m.impl("layer_packed", TORCH_BOX(&torchrnn::cpu::layer_packed));
-  m.impl("scan", TORCH_BOX(&torchrnn::cpu::scan));
-  m.impl("scan_infer", TORCH_BOX(&torchrnn::cpu::scan_infer));
-  m.impl("scan_backward", TORCH_BOX(&torchrnn::cpu::scan_backward));
 }
 
 // Ops without tensors, which belong to this library alone.

@@ -13,13 +13,17 @@ from torchrnn.rnn_cell.base import (
     Initializer,
     LSTMStateTuple,
     Nest,
+    Run,
     activation_of,
     constant,
+    kernel_activation,
     linear,
     lstm_size,
     split_state,
 )
+from torchrnn.rnn_cell.core import state_masks
 from torchrnn.rnn_cell.gated import HoistedCell
+from torchrnn.scan import scan
 
 
 def symmetric_uniform(tensor: Tensor) -> None:
@@ -27,7 +31,53 @@ def symmetric_uniform(tensor: Tensor) -> None:
     nn.init.uniform_(tensor, -1.0, 1.0)
 
 
-class SRUCell(HoistedCell):
+class ScannedCell(HoistedCell):
+    """A cell whose ``step`` is one of the recurrences of ``torchrnn.scan``."""
+
+    activation: Activation
+    recurrence: str
+    """The name of ``step`` there."""
+
+    def why_loop(self) -> str | None:
+        """Returns why a sequence runs in the loop; None if it does not."""
+        if kernel_activation(self.activation) is not None:
+            return None
+        name = getattr(self.activation, "__name__", type(self.activation).__name__)
+        return f"no kernel has the activation {name}"
+
+    @property
+    def fused(self) -> str:  # type: ignore[override]
+        """What ``unroll`` does where ``why_loop`` is None."""
+        return (
+            f"products with the input for all steps at once, then one op over the sequence, {self.recurrence}"
+        )
+
+    def scan(
+        self,
+        sums: Tensor,
+        u: Tensor | None,
+        h: Tensor | None,
+        c: Tensor | None,
+        run: Run,
+        masks: tuple[Tensor | None, Tensor | None],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns ``(y, h_n, c_n)`` of the recurrence over sums [T, B, G*U]; masks are those of h and c."""
+        mask_h, mask_c = (None if m is None else m.expand(-1, sums.size(1), -1) for m in masks)
+        return scan(
+            self.recurrence,
+            sums,
+            u,
+            h,
+            c,
+            activation=kernel_activation(self.activation) or "",
+            lengths=run.lengths,
+            mask_h=mask_h,
+            mask_c=mask_c,
+            reverse=run.reverse,
+        )
+
+
+class SRUCell(ScannedCell):
     """The simple recurrent unit (Lei et al. 2017, arXiv:1709.02755).
 
     n, f, r, s = split(x @ kernel), with a bias on f and r; f = sigmoid(f), r = sigmoid(r);
@@ -44,6 +94,7 @@ class SRUCell(HoistedCell):
     """
 
     scope = "sru_cell"
+    recurrence = "sru"
     kernel: nn.Parameter
     bias: nn.Parameter
     activation: Activation
@@ -77,8 +128,15 @@ class SRUCell(HoistedCell):
         c = f * state + (1 - f) * n
         return r * self.activation(c) + (1 - r) * s, c
 
+    def unroll(self, inputs: Tensor, state: Tensor, run: Run) -> tuple[Tensor, Tensor]:
+        """Runs a sequence in one op, if it has the activation."""
+        if self.why_loop() is not None:
+            return super().unroll(inputs, state, run)
+        y, _, c = self.scan(self.project(inputs), None, None, state, run, (None, run.masks))
+        return y, c
 
-class IndRNNCell(HoistedCell):
+
+class IndRNNCell(ScannedCell):
     """The independently recurrent network (Li et al. 2018, arXiv:1803.04831).
 
     h' = act(x @ kernel_w + kernel_u * h + bias).
@@ -94,6 +152,7 @@ class IndRNNCell(HoistedCell):
     """
 
     scope = "ind_rnn_cell"
+    recurrence = "ind_rnn"
     kernel_w: nn.Parameter
     kernel_u: nn.Parameter
     bias: nn.Parameter
@@ -128,8 +187,15 @@ class IndRNNCell(HoistedCell):
         h = self.activation(projected + self.kernel_u * state)
         return h, h
 
+    def unroll(self, inputs: Tensor, state: Tensor, run: Run) -> tuple[Tensor, Tensor]:
+        """Runs a sequence in one op, if it has the activation."""
+        if self.why_loop() is not None:
+            return super().unroll(inputs, state, run)
+        y, h, _ = self.scan(self.project(inputs), self.kernel_u[0], state, None, run, (run.masks, None))
+        return y, h
 
-class IndyGRUCell(HoistedCell):
+
+class IndyGRUCell(ScannedCell):
     """``GRUCell`` with vectors in place of the recurrent matrices, as ``IndRNNCell`` has them.
 
     r, u = split(sigmoid(x @ gates/kernel_w + gates/kernel_u * [h, h] + gates/bias));
@@ -150,6 +216,7 @@ class IndyGRUCell(HoistedCell):
     """
 
     scope = "indy_gru_cell"
+    recurrence = "indy_gru"
     gates_kernel_w: nn.Parameter
     gates_kernel_u: nn.Parameter
     gates_bias: nn.Parameter
@@ -203,8 +270,16 @@ class IndyGRUCell(HoistedCell):
         h = u * state + (1 - u) * n
         return h, h
 
+    def unroll(self, inputs: Tensor, state: Tensor, run: Run) -> tuple[Tensor, Tensor]:
+        """Runs a sequence in one op, if it has the activation."""
+        if self.why_loop() is not None:
+            return super().unroll(inputs, state, run)
+        u = torch.cat([self.gates_kernel_u, self.candidate_kernel_u], 1)[0]
+        y, h, _ = self.scan(self.project(inputs), u, state, None, run, (run.masks, None))
+        return y, h
 
-class IndyLSTMCell(HoistedCell):
+
+class IndyLSTMCell(ScannedCell):
     """``BasicLSTMCell`` with vectors in place of the recurrent matrix (Gonnet and Deselaers 2019).
 
     i, j, f, o = split(x @ kernel_w + kernel_u * [h, h, h, h] + bias), arXiv:1903.08023;
@@ -224,6 +299,7 @@ class IndyLSTMCell(HoistedCell):
     """
 
     scope = "indy_lstm_cell"
+    recurrence = "indy_lstm"
     kernel_w: nn.Parameter
     kernel_u: nn.Parameter
     bias: nn.Parameter
@@ -268,3 +344,14 @@ class IndyLSTMCell(HoistedCell):
         c = torch.sigmoid(f + self.forget_bias) * c + torch.sigmoid(i) * self.activation(j)
         h = torch.sigmoid(o) * self.activation(c)
         return h, LSTMStateTuple(c, h)
+
+    def unroll(self, inputs: Tensor, state: Nest, run: Run) -> tuple[Tensor, Nest]:
+        """Runs a sequence in one op, if it has the activation."""
+        if self.why_loop() is not None:
+            return super().unroll(inputs, state, run)
+        c, h = split_state(state, self.num_units, True)
+        forget = self.bias.new_zeros(4, self.num_units)
+        forget[2] = self.forget_bias
+        sums = linear([inputs], self.kernel_w, self.bias + forget.view(-1))
+        y, h, c = self.scan(sums, self.kernel_u[0], h, c, run, state_masks(run, self.num_units, True))
+        return y, LSTMStateTuple(c, h)

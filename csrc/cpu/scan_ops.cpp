@@ -1,6 +1,17 @@
-// The CPU kernels behind torchrnn::scan. A part of ops.cpp, which includes it after its helpers, since no
-// other CPU file may include torch. Schemas, argument errors and gradients are in torchrnn/scan.py.
-#pragma once
+// The CPU kernels behind torchrnn::scan. Schemas, argument errors and gradients are in torchrnn/scan.py.
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+
+#include "checks.h"
+#include "cpu/tensors.h"
+
+namespace torchrnn {
+namespace cpu {
+namespace {
 
 struct ScanInfo {
   int64_t gates;
@@ -161,4 +172,14 @@ FourTensors scan_backward(const MaybeTensor& dy, const MaybeTensor& dh_n, const 
                           RNN_SCAN_PARAMETERS, const Tensor& y, const Tensor& tape, bool need_du) {
   const auto run = wide_type(wx) == ScalarType::Double ? scan_gradient<double> : scan_gradient<float>;
   return run(dy, dh_n, dc_n, RNN_SCAN_ARGUMENTS, y, tape, need_du);
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace torchrnn
+
+STABLE_TORCH_LIBRARY_IMPL(torchrnn, CPU, m) {
+  m.impl("scan", TORCH_BOX(&torchrnn::cpu::scan));
+  m.impl("scan_infer", TORCH_BOX(&torchrnn::cpu::scan_infer));
+  m.impl("scan_backward", TORCH_BOX(&torchrnn::cpu::scan_backward));
 }
