@@ -23,13 +23,20 @@ CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
 .DELETE_ON_ERROR:
 # Two pips at once in one environment damage it.
 .NOTPARALLEL:
-.PHONY: help demo test test-slow check format bench bench-peers nvcc-check clean distclean
+.PHONY: help demo examples test test-slow check format bench bench-peers nvcc-check clean distclean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.with-demo build/.extension ## Train a small classifier of digits and compare it with torch.nn.
 	@$(BIN)/python examples/digits.py $(ARGS)
+
+EXAMPLES := manual_loop stacked_lstm sentences digit_rows char_rnn
+
+examples: $(VENV)/.with-demo build/.extension ## Train small models as they were written in TensorFlow 1.
+	@for name in $(EXAMPLES); do \
+	  echo "== $$name" && $(BIN)/python examples/$$name.py --epochs 3 --hidden 48 $(ARGS) || exit 1; \
+	done
 
 # Twice: with the kernels, and without them, so that every op takes its fallback.
 FALLBACK_TESTS := $(addprefix tests/test_,$(addsuffix .py,parity ops native modules sequences cells errors convert scan))

@@ -10,6 +10,17 @@ from functools import cached_property
 import torch
 
 GATES = {"lstm": 4, "gru": 3}
+# Columns of the products with the input and with the state, both over H, of the cells of torchrnn.rnn_cell.
+TF_PRODUCTS = {
+    "peephole-lstm": (4, 4),
+    "reset-before-gru": (3, 3),
+    "normalised-lstm": (4, 4),
+    "coupled-lstm": (3, 3),
+    "projected-lstm": (4, 5),
+    "indrnn": (1, 0),
+    "sru": (4, 0),
+}
+PRODUCTS = {cell: (gates, gates) for cell, gates in GATES.items()} | TF_PRODUCTS
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -20,7 +31,8 @@ class Case:
 
     ``infer`` is the forward pass in inference mode; ``train`` is the forward pass and the gradients of the
     input, the weights and the biases. ``streaming`` passes the state of the call before. The rows of a
-    ``ragged`` batch have the lengths of ``lengths``.
+    ``ragged`` batch have the lengths of ``lengths``. Cells of ``TF_PRODUCTS`` keep numbers of the input, the
+    output and the state of each layer with the probability ``keep`` in training.
     """
 
     cell: str
@@ -34,6 +46,7 @@ class Case:
     ragged: bool = False
     dtype: str = "float32"
     streaming: bool = False
+    keep: float = 1.0
 
     @property
     def id(self) -> str:
@@ -44,6 +57,7 @@ class Case:
             f"h{self.hidden}",
             "bi" if self.directions == 2 else "",
             "" if self.layers == 1 else f"l{self.layers}",
+            "" if self.keep == 1 else f"keep{self.keep:g}",
             "ragged" if self.ragged else "",
             "stream" if self.streaming else "",
             SHORT[self.dtype],
@@ -64,12 +78,13 @@ class Case:
     def projection_flops(self) -> int:
         """Returns the operations of the forward products with the inputs of the layers."""
         inputs = self.inputs + (self.layers - 1) * self.directions * self.hidden
-        return 2 * sum(self.lengths) * self.directions * GATES[self.cell] * self.hidden * inputs
+        return 2 * sum(self.lengths) * self.directions * PRODUCTS[self.cell][0] * self.hidden * inputs
 
     @property
     def recurrent_flops(self) -> int:
         """Returns the operations of the forward products with the states."""
-        return 2 * sum(self.lengths) * self.directions * self.layers * GATES[self.cell] * self.hidden**2
+        columns = PRODUCTS[self.cell][1] * self.hidden
+        return 2 * sum(self.lengths) * self.directions * self.layers * columns * self.hidden
 
     @property
     def flops(self) -> int:
@@ -85,12 +100,12 @@ class Case:
     @property
     def recurrent_bytes(self) -> int:
         """Returns the size of the recurrent weight of one direction, which every step reads."""
-        return GATES[self.cell] * self.hidden * self.hidden * BYTES[self.dtype]
+        return PRODUCTS[self.cell][1] * self.hidden * self.hidden * BYTES[self.dtype]
 
     @property
     def input_bytes(self) -> int:
         """Returns the size of the input weight of the first layer and one direction."""
-        return GATES[self.cell] * self.hidden * self.inputs * BYTES[self.dtype]
+        return PRODUCTS[self.cell][0] * self.hidden * self.inputs * BYTES[self.dtype]
 
     @property
     def recurrent_reads(self) -> int:
@@ -125,6 +140,7 @@ BIDIRECTIONAL_SIZES = ((128, 1, 256, 256), (128, 16, 256, 256))
 LAYERS_SIZE = (128, 8, 256, 256)
 RAGGED_SIZE = (128, 32, 256, 256)
 HALF_SIZES = ((128, 32, 256, 256), (128, 32, 512, 512), (64, 128, 1024, 1024), (128, 1, 512, 512))
+TF_SIZE = (128, 32, 256, 256)
 QUICK_SIZES = ((1, 1, 16, 16), (4, 2, 8, 16))
 
 # (T, B, H) around (128, 32, 256), one axis at a time; the input is as wide as the layer.
@@ -163,6 +179,19 @@ def sweep() -> Iterable[Case]:
             yield Case(cell, mode, steps, batch, hidden, hidden)
 
 
+def tf(size: tuple[int, int, int, int]) -> Iterable[Case]:
+    """Yields the rows of TensorFlow 1's cells: a stack with dropout and without, and each cell alone."""
+    stack = Case("peephole-lstm", "train", *size, layers=2)
+    yield dataclasses.replace(stack, keep=0.8)
+    yield stack
+    yield dataclasses.replace(stack, mode="infer")
+    for cell in TF_PRODUCTS:
+        if cell != stack.cell:
+            yield Case(cell, "train", *size)
+    for cell in ("reset-before-gru", "normalised-lstm"):
+        yield Case(cell, "infer", *size)
+
+
 def quick() -> Iterable[Case]:
     """Yields tiny cases of every kind that the adapters know."""
     for cell in GATES:
@@ -176,11 +205,14 @@ def quick() -> Iterable[Case]:
 
 
 TRAINERS = ("torch.nn", "compiled loop")
+TF_PEERS = ("generic loop", "torchrnn plain")
 SUITES = {
     "infer": Suite(tuple(grid("infer")), (*TRAINERS, "onnxruntime", "openvino")),
     "train": Suite(tuple(grid("train")), TRAINERS),
     "half": Suite(tuple(half()), ("torch.nn", "torchrnn fp32")),
     "sweep": Suite(tuple(sweep()), ()),
+    "tf": Suite(tuple(tf(TF_SIZE)), TF_PEERS),
 }
 ALL = ("infer", "train")
 QUICK = Suite(tuple(quick()), (*TRAINERS, "onnxruntime", "openvino", "torchrnn fp32"))
+QUICK_TF = Suite(tuple(tf(QUICK_SIZES[1])), TF_PEERS)

@@ -12,10 +12,11 @@ from bench.peers import PEERS
 from bench.results import Row
 
 # Okabe & Ito 2008: distinct for the colour-blind too; markers are distinct without any colour.
+# The peers after the fifth are in no plot.
 BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
 STYLES = {
     peer.name: {"color": color, "marker": marker}
-    for peer, color, marker in zip(PEERS, (BLUE, ORANGE, GREEN, RED, PURPLE), "os^Dv", strict=True)
+    for peer, color, marker in zip(PEERS, (BLUE, ORANGE, GREEN, RED, PURPLE), "os^Dv", strict=False)
 }
 MARKER = {"markersize": 6, "markeredgecolor": "white", "markeredgewidth": 0.5}
 GREY = "#8a8a8a"

@@ -20,7 +20,7 @@ from bench.results import Contention, Memory, Result, Row
 WIDTH = 120  # Of the lines in README.md.
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 SUITES = {"infer": "inference", "train": "training", "half": "half-precision inference"}
-ALL = (*SUITES, "sweep", "memory", "contention")
+ALL = (*SUITES, "tf", "sweep", "memory", "contention")
 CELLS = {"lstm": "LSTM", "gru": "GRU"}
 
 Picked = dict[str, tuple[Path, Result]]  # Suite -> the file that it is taken from.
@@ -75,8 +75,8 @@ def summary(picked: Picked) -> list[str]:
     return markdown(["", "against", *CELLS.values(), "rows below 1"], lines, left=2)
 
 
-def detail(rows: Sequence[Row], title: str) -> list[str]:
-    """Returns the rows of the most threads as a table that opens on a click."""
+def table(rows: Sequence[Row]) -> tuple[str, list[str]]:
+    """Returns the most threads that there are, in words, and the rows of these."""
     threads = max(row.threads for row in rows)
     rows = [row for row in rows if row.threads == threads]
     names = peer_names(rows)
@@ -89,9 +89,25 @@ def detail(rows: Sequence[Row], title: str) -> list[str]:
         ]
         for row in rows
     ]
-    table = markdown(["case", "ms", *names, "of floor"], lines)
-    head = f"<summary>Each row of {title} on {threads} thread{'s'[: threads > 1]}</summary>"
-    return ["", "<details>", head, "", *table, "", "</details>"]
+    return f"{threads} thread{'s'[: threads > 1]}", markdown(["case", "ms", *names, "of floor"], lines)
+
+
+def detail(rows: Sequence[Row], title: str) -> list[str]:
+    """Returns the rows of the most threads as a table that opens on a click."""
+    threads, lines = table(rows)
+    head = f"<summary>Each row of {title} on {threads}</summary>"
+    return ["", "<details>", head, "", *lines, "", "</details>"]
+
+
+def tf(rows: Sequence[Row]) -> list[str]:
+    """Returns the speed of TensorFlow 1's cells on the most threads."""
+    threads, lines = table(rows)
+    text = (
+        f"TensorFlow 1's cells under `dynamic_rnn` on {threads}: time over that of torchrnn of the generic "
+        "loop, which calls the same cell step by step, and of `torchrnn.LSTM` or `GRU` with the same sizes "
+        "and without the cell's variations."
+    )
+    return ["", prose(text), "", *lines]
 
 
 def memory(rows: Sequence[Memory]) -> list[str]:
@@ -175,6 +191,8 @@ def section(picked: Picked, images: Sequence[tuple[str, str]]) -> str:
     for suite, title in SUITES.items():
         if rows := rows_of(picked, suite):
             parts += detail(rows, title)
+    if rows := rows_of(picked, "tf"):
+        parts += tf(rows)
     if "memory" in picked:
         parts += memory(picked["memory"][1].memory)
     if "contention" in picked:

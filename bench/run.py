@@ -2,7 +2,7 @@
 
 python -m bench                                   # inference and training, half an hour on two cores
 python -m bench --filter 'gru.*train' --threads 1
-python -m bench --suite sweep
+python -m bench --suite sweep                     # or half, or tf: TensorFlow 1's cells
 python -m bench memory | contention | report      # see their --help
 """
 
@@ -26,7 +26,7 @@ from rich.table import Table
 
 import torchrnn
 from bench import options, results
-from bench.cases import ALL, QUICK, SUITES
+from bench.cases import ALL, QUICK, QUICK_TF, SUITES
 from bench.peers import OURS, PEERS, skipped
 from bench.results import Result, Row, Run
 
@@ -49,7 +49,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def choose(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Returns the rows to measure, as the worker wants them."""
     names = ALL if args.suite == "all" else (args.suite,)
-    suites = {"quick": QUICK} if args.quick else {name: SUITES[name] for name in names}
+    suites = {name: SUITES[name] for name in names}
+    if args.quick:
+        suites = {"tf": QUICK_TF} if args.suite == "tf" else {"quick": QUICK}
     return [
         {"suite": name, "case": dataclasses.asdict(case), "peers": suite.peers}
         for name, suite in suites.items()
@@ -145,7 +147,7 @@ def table(rows: Sequence[Row]) -> Table:
         out.add_column(title, justify="right", no_wrap=title not in names)
     for row in rows:
         ratios = [f"{row.ratios[name]:.2f}" if name in row.ratios else "" for name in names]
-        worst = max((row.errors[name] for name in row.ratios), default=math.nan)
+        worst = max((row.errors[name] for name in row.ratios if name in row.errors), default=math.nan)
         cells = [row.id, str(row.threads), f"{row.ours.median:.3f}", *ratios]
         cells += [f"{row.peak_fraction:.0%}", f"{row.floor_fraction:.0%}", f"{row.errors[OURS.name]:.1e}"]
         out.add_row(*cells, "" if math.isnan(worst) else f"{worst:.1e}")

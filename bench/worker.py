@@ -43,7 +43,7 @@ def measure(case: Case, others: Sequence[peers.Peer], budget: float) -> tuple[Ti
     the case ran, not what there is at best. It is None without the kernels' loop of multiply-adds.
     """
     problem = peers.make_problem(case)
-    able = [peers.OURS, *others]
+    able = [peers.ours(case), *others]
     threads, rates = torch.get_num_threads(), list[float]()
 
     def probe() -> None:
@@ -94,9 +94,8 @@ def main(options: dict[str, Any]) -> None:
         ours = times[peers.OURS.name].median
         ratios = {name: time.median / ours for name, time in times.items() if name != peers.OURS.name}
         print(json.dumps({"id": case.id, "ours": ours, "ratios": ratios}), flush=True)
-        measured.append(
-            Measured(asked["suite"], case, times, peak, peers.errors(case, [peers.OURS, *others]))
-        )
+        errors = peers.errors(case, [peers.ours(case), *others])
+        measured.append(Measured(asked["suite"], case, times, peak, errors))
     # Once more, at another time: a disturbed measurement would put the rows above what is possible.
     limits = floors.merged(limits, floors.measure(threads, **effort))
     rows = [make_row(values, threads, limits) for values in measured]

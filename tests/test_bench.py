@@ -17,7 +17,8 @@ import torch
 import torchrnn
 from bench import contention, floors, memory, peers, results, timing
 from bench import run as bench_run
-from bench.cases import GATES, QUICK, SUITES, Case
+from bench.cases import GATES, QUICK, QUICK_TF, SUITES, TF_PRODUCTS, Case
+from bench.peers.cells import CELLS, make_cell
 from bench.peers.loop import CompiledLoop
 from bench.peers.onnx import OnnxRuntime, OpenVino, missing
 
@@ -36,14 +37,14 @@ def by_id(case: Case) -> str:
 
 
 def test_cases_have_distinct_ids() -> None:
-    for suite in (*SUITES.values(), QUICK):
+    for suite in (*SUITES.values(), QUICK, QUICK_TF):
         assert len({case.id for case in suite.cases}) == len(suite.cases) > 0
 
 
 def test_suites_name_peers_that_exist() -> None:
     names = {peer.name for peer in peers.PEERS}
     assert len(names) == len(peers.PEERS)
-    for suite in (*SUITES.values(), QUICK):
+    for suite in (*SUITES.values(), QUICK, QUICK_TF):
         assert names.issuperset(suite.peers)
 
 
@@ -52,6 +53,7 @@ def test_case_id_names_what_is_measured() -> None:
     assert Case("gru", "infer", 28, 150, 28, 150, dtype="bfloat16").id == "gru-b150-t28-i28-h150-bf16-infer"
     assert Case("lstm", "infer", 4, 2, 8, 8, 2, 3, True).id == "lstm-b2-t4-h8-bi-l3-ragged-fp32-infer"
     assert Case("gru", "infer", 1, 1, 8, 8, streaming=True).id == "gru-b1-t1-h8-stream-fp32-infer"
+    assert Case("sru", "train", 4, 2, 8, 8, layers=2, keep=0.8).id == "sru-b2-t4-h8-l2-keep0.8-fp32-train"
 
 
 def test_case_counts_operations() -> None:
@@ -65,6 +67,13 @@ def test_case_counts_operations() -> None:
     stacked = dataclasses.replace(infer, directions=2, layers=3)
     assert stacked.flops == 2 * 5 * 3 * 2 * 44 * ((7 + 11) + 2 * (22 + 11))
     assert stacked.recurrent_reads == 5 * 2 * 3
+
+
+@pytest.mark.parametrize("name", TF_PRODUCTS)
+def test_case_of_a_cell_counts_the_products_of_its_matrices(name: str) -> None:
+    case = Case(name, "infer", 5, 3, 7, 11, layers=2)
+    matrices = [p for p in make_cell(case).parameters() if p.dim() == 2 and p.size(0) > 1]
+    assert case.flops == 2 * 5 * 3 * sum(p.numel() for p in matrices)
 
 
 def test_ragged_case_counts_half_of_the_tokens_in_no_order() -> None:
@@ -107,6 +116,23 @@ def test_compiled_loop_computes_the_same(cell: str, mode: str) -> None:
     check_errors(Case(cell, mode, 5, 3, 7, 8), CompiledLoop("eager"))
 
 
+@pytest.mark.parametrize("mode", ["infer", "train"])
+@pytest.mark.parametrize("name", CELLS)
+def test_our_cell_computes_the_same_as_the_generic_loop(name: str, mode: str) -> None:
+    case = Case(name, mode, 5, 3, 7, 8, layers=2, ragged=True, keep=0.5)
+    errors = peers.errors(case, [peers.ours(case), *peers.select(case, ["generic loop", "torchrnn plain"])])
+    assert errors.keys() == {"torchrnn", "generic loop"}
+    assert errors["torchrnn"] <= 4 * errors["generic loop"] + 8 * torch.finfo(torch.float32).eps
+
+
+def test_dropout_acts_in_training() -> None:
+    train = Case("peephole-lstm", "train", 5, 3, 7, 8, keep=0.5)
+    for case, acts in ((train, True), (dataclasses.replace(train, mode="infer"), False)):
+        run = peers.ours(case).prepare(peers.make_problem(case))
+        first, second = run()[0], run()[0]
+        assert bool((first != second).any()) == acts
+
+
 def test_half_precision_is_compared_with_float32_on_the_same_values() -> None:
     case = Case("lstm", "infer", 5, 3, 7, 8, dtype="bfloat16")
     assert peers.make_problem(case).x.dtype == torch.bfloat16
@@ -133,6 +159,8 @@ def test_peers_are_selected_by_name_and_case(monkeypatch: pytest.MonkeyPatch) ->
     assert names(infer) == ["torch.nn", "onnxruntime"]
     assert names(train) == ["torch.nn", "compiled loop"]
     assert peers.skipped(["torch.nn", "onnxruntime"]) == {}
+    for name in TF_PRODUCTS:
+        assert not names(dataclasses.replace(infer, cell=name))
     monkeypatch.setattr(OnnxRuntime, "available", lambda self: missing("onnx", "no_such_module"))
     assert names(infer) == ["torch.nn"]
     assert peers.skipped(["torch.nn", "onnxruntime"]) == {"onnxruntime": "no_such_module not installed"}
@@ -290,6 +318,28 @@ def test_quick_run_writes_a_result(tmp_path: Path) -> None:
     assert all(name in done.stdout for name in result.skipped)
     for row in result.rows:
         assert row.errors.keys() == {"torchrnn", *row.ratios}
+        assert all(math.isfinite(error) for error in row.errors.values())
+
+
+def test_quick_run_of_cells_writes_a_result(tmp_path: Path) -> None:
+    arguments = ["--suite", "tf", "--quick", "--threads", "1", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", *arguments, "--filter", "l2|sru"],
+        cwd=results.ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.iterdir()
+    result = results.load(path)
+    assert result.suites == {"tf"}
+    *stacks, sru = result.rows
+    assert [row.case["keep"] for row in stacks] == [0.8, 1, 1]
+    assert all(row.ratios.keys() == {"generic loop", "torchrnn plain"} for row in stacks)
+    assert sru.ratios.keys() == {"generic loop"}
+    for row in result.rows:
+        assert row.errors.keys() == {"torchrnn", "generic loop"}
         assert all(math.isfinite(error) for error in row.errors.values())
 
 

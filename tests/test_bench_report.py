@@ -114,7 +114,8 @@ def test_report_counts_rows_below_1(tmp_path: Path) -> None:
 
 
 def test_report_replaces_only_its_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [a_row(), a_row("gru-b1-t1-h8-bf16-infer"), *swept()]
+    cell = dataclasses.replace(a_row("sru-b1-t1-h8-fp32-train"), suite="tf")
+    rows = [a_row(), a_row("gru-b1-t1-h8-bf16-infer"), *swept(), cell]
     extra = {name: getattr(a_result(), name) for name in ("memory", "contention")}
     path = saved(tmp_path, "2026-01-01T00:00:00", rows, **extra)
     readme, images = tmp_path / "README.md", tmp_path / "docs"
@@ -125,6 +126,8 @@ def test_report_replaces_only_its_part(tmp_path: Path, capsys: pytest.CaptureFix
     assert text.endswith(f"\n{report.END}\nafter\n")
     assert "old" not in text
     assert path.name in text
+    assert "TensorFlow 1's cells under `dynamic_rnn` on 1 thread:" in text
+    assert "| sru-b1-t1-h8-fp32-train | 2 | 2.00 | 30% |" in text
     for name in ("docs/speed.png", "docs/sweep.png"):
         assert f"({name})" in text
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

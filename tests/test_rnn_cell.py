@@ -455,6 +455,15 @@ def test_a_step_takes_one_step_of_floating_point(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CORE)
+def test_inputs_that_are_refused_do_not_build_a_cell(name: str) -> None:
+    cell = CORE[name](4)
+    for x in (torch.randn(2, 3, 5), torch.ones(2, 5, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"expected ndim=2|floating point inputs"):
+            cell(x, cell.zero_state(2))
+        assert not cell.built
+
+
+@pytest.mark.parametrize("name", CORE)
 def test_scope_and_reuse_are_accepted(name: str) -> None:
     cell = CORE[name](4, reuse=True)
     cell(torch.randn(2, 5), cell.zero_state(2), scope="anything")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable
@@ -213,7 +214,7 @@ def test_no_steps_and_no_rows_are_sequences_too(name: str) -> None:
 
 def test_explain_says_how_a_cell_runs() -> None:
     assert explain(UGRNNCell(3)) == "UGRNNCell(3): one op over the sequence, gru with a reset gate of 1"
-    assert explain(UGRNNCell(3, activation=torch.sin)).endswith("no kernel has its activation")
+    assert explain(UGRNNCell(3, activation=torch.sin)).endswith("no kernel has the activation sin")
     assert explain(GLSTMCell(4)) == "GLSTMCell(4): one op over the sequence per group, lstm"
     assert explain(GLSTMCell(4, num_proj=2)).endswith("the projection mixes the groups")
     assert "for all steps at once" in explain(NASCell(3))
@@ -463,6 +464,18 @@ def test_phased_takes_large_times_in_float64() -> None:
     output, new = cell((far, x), state)
     torch.testing.assert_close(output, cell((near, x), state)[0])
     assert {v.dtype for v in (output, *new, *cell.parameters())} == {torch.float32}
+
+
+@pytest.mark.parametrize("is_stepwise", [False, True])
+def test_phased_runs_over_a_sequence_with_times_in_float64(is_stepwise: bool) -> None:
+    cell, time, x = PhasedLSTMCell(UNITS), torch.rand(3, 5, 1).double(), torch.randn(3, 5, INPUTS)
+    with stepwise() if is_stepwise else contextlib.nullcontext():
+        outputs, _ = dynamic_rnn(cell, (time, x), dtype=torch.float32)
+    assert {v.dtype for v in (outputs, *cell.parameters())} == {torch.float32}
+    with pytest.raises(
+        TypeError, match=r"one dtype, got torch\.float32 and torch\.float64 and torch\.bfloat16"
+    ):
+        dynamic_rnn(PhasedLSTMCell(UNITS), (time, x), dtype=torch.bfloat16)
 
 
 def test_phased_is_built_by_its_first_call_or_sequence() -> None:

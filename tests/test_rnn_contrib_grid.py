@@ -417,7 +417,6 @@ def test_grid_takes_plain_tuples() -> None:
 def test_cells_stack() -> None:
     x = torch.randn(2, 3, 5)
     stack = rnn_cell.MultiRNNCell([rnn_cell.TimeFreqLSTMCell(3, feature_size=2), rnn_cell.GRUCell(4)])
-    stack.build(5)
     results = torchrnn.dynamic_rnn(stack, x, [3, 1], dtype=x.dtype)
     with torchrnn.stepwise():
         torch.testing.assert_close(results, torchrnn.dynamic_rnn(stack, x, [3, 1], dtype=x.dtype))
@@ -533,4 +532,4 @@ def test_states_that_do_not_fit_are_errors() -> None:
     with pytest.raises(ValueError, match=r"Expected state to be a tensor \[B, 18\]"):
         grid(state_is_tuple=False)(torch.zeros(1, 4), grid().zero_state(1))
     with pytest.raises(ValueError, match=r"the state must be \[B, 24\] for 4 pieces of 3 units"):
-        rnn_cell.TimeFreqLSTMCell(3, feature_size=2)(torch.zeros(1, 5), torch.zeros(1, 18))
+        rnn_cell.TimeFreqLSTMCell(3, feature_size=2)(torch.zeros(1, 5), torch.zeros(1, 6))

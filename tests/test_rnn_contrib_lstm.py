@@ -14,7 +14,9 @@ from torch.testing import assert_close
 from torch.utils import _pytree as pytree
 
 from torchrnn import bidirectional_dynamic_rnn, dynamic_rnn, explain, rnn_cell, static_rnn, stepwise
+from torchrnn.options import Options
 from torchrnn.rnn_cell.base import RNNCell, Run, alive_mask, loop
+from torchrnn.rnn_cell.engine import run_layer
 
 T, B, INPUTS, U = 6, 4, 3, 5
 LENGTHS = torch.tensor([6, 2, 0, 5])
@@ -35,6 +37,9 @@ CELLS: dict[str, Callable[[], RNNCell]] = {
     ),
     "wn_without_norm": lambda: rnn_cell.WeightNormLSTMCell(U, norm=False),
     "coupled": lambda: rnn_cell.CoupledInputForgetGateLSTMCell(U),
+    "coupled_fused": lambda: rnn_cell.CoupledInputForgetGateLSTMCell(
+        U, True, num_proj=4, proj_clip=0.3, forget_bias=0.4, activation="relu"
+    ),
     "coupled_all": lambda: rnn_cell.CoupledInputForgetGateLSTMCell(
         U, True, num_proj=4, proj_clip=0.3, layer_norm=True
     ),
@@ -352,6 +357,15 @@ def test_every_step_and_every_sequence_has_its_own_mask() -> None:
     assert not torch.allclose(*runs)
 
 
+def test_a_hidden_bias_counts_without_a_bias() -> None:
+    x, weight, bias = torch.randn(T, B, INPUTS), torch.randn(3 * U, INPUTS + U), torch.randn(3 * U)
+    arguments = Options(cell="gru"), Run(), x, weight
+    h0 = torch.randn(B, U)
+    ours = run_layer(*arguments, None, h0, hidden_bias=bias)
+    assert_close(ours, run_layer(*arguments, torch.zeros_like(bias), h0, hidden_bias=bias))
+    assert not torch.allclose(ours[0], run_layer(*arguments, None, h0)[0])
+
+
 def test_seed_and_generator_reproduce_the_masks() -> None:
     x, results = inputs(), []
     variables = dropping().state_dict()
@@ -581,6 +595,9 @@ def test_explain_follows_the_mode() -> None:
     assert "no kernel has the activation softsign" in explain(
         rnn_cell.WeightNormLSTMCell(U, activation="softsign")
     )
+    coupled = rnn_cell.CoupledInputForgetGateLSTMCell
+    assert explain(coupled(U, True)).endswith("one op over the sequence, coupled lstm with peepholes")
+    assert explain(coupled(U, layer_norm=True)).endswith("step by step; no kernel normalises coupled gates")
     assert "normalised once" in explain(rnn_cell.WeightNormLSTMCell(U))
 
 

@@ -557,5 +557,6 @@ def test_explain_names_what_is_dropped() -> None:
         "the state by masks that the cell inside applies"
     )
     assert lines[1].startswith("  LSTMCell(3): one op over the sequence")
-    assert torchrnn.explain(DropoutWrapper(LSTMCell(U))).startswith("DropoutWrapper: drops nothing")
+    for cell in (DropoutWrapper(LSTMCell(U)), DropoutWrapper(LSTMCell(U), 0.5).eval()):
+        assert torchrnn.explain(cell).startswith("DropoutWrapper: drops nothing")
     assert "input_keep_prob=0.7, output_keep_prob=1" in repr(DropoutWrapper(LSTMCell(U), 0.7))

@@ -17,16 +17,21 @@ import torchrnn
 from torchrnn.rnn_cell import (
     AttentionCellWrapper,
     BasicLSTMCell,
+    Conv1DLSTMCell,
     DeviceWrapper,
+    DropoutWrapper,
     EmbeddingWrapper,
+    GridLSTMCell,
     GRUCell,
     HighwayWrapper,
     InputProjectionWrapper,
     LSTMCell,
     MultiRNNCell,
     OutputProjectionWrapper,
+    PhasedLSTMCell,
     ResidualWrapper,
     RNNCell,
+    TimeFreqLSTMCell,
 )
 
 T, B, N = 6, 4, 5
@@ -209,6 +214,91 @@ def test_explain_has_a_line_for_wrapper_and_cell_inside() -> None:
     assert text.splitlines()[1].startswith("  GRUCell(5): one op over the sequence")
     assert "residual_fn step by step" in torchrnn.explain(ResidualWrapper(GRUCell(N), slice_and_add))
     assert "generic loop" in torchrnn.explain(AttentionCellWrapper(GRUCell(N), 2))
+
+
+# Cells inside with inputs of their own kind -----------------------------------------------------------------
+
+
+def conv(depth: int = 2) -> Conv1DLSTMCell:
+    return Conv1DLSTMCell([N, depth], 2, [3])
+
+
+def grid() -> GridLSTMCell:
+    return GridLSTMCell(3, feature_size=2, frequency_skip=1, num_frequency_blocks=[3])
+
+
+KINDS: dict[str, Callable[[], Any]] = {
+    "pair": lambda: (torch.rand(B, T, 1, dtype=F64), torch.randn(B, T, N)),
+    "ids": lambda: torch.randint(6, (B, T, 1)),
+    "images": lambda: torch.randn(B, T, N, 2),
+    "vectors": lambda: torch.randn(B, T, N),
+}
+COMPOSITES: dict[str, tuple[str, Callable[[], RNNCell]]] = {
+    "stack on phased": ("pair", lambda: MultiRNNCell([PhasedLSTMCell(4), LSTMCell(3)])),
+    "stack on embedding": ("ids", lambda: MultiRNNCell([EmbeddingWrapper(GRUCell(4), 6, 3), LSTMCell(3)])),
+    "stack of convolutions": ("images", lambda: MultiRNNCell([conv(), conv()])),
+    "stack on pieces": ("vectors", lambda: MultiRNNCell([TimeFreqLSTMCell(3, feature_size=2), GRUCell(4)])),
+    "dropout of phased": ("pair", lambda: DropoutWrapper(PhasedLSTMCell(4)).eval()),
+    "dropout of convolution": ("images", lambda: DropoutWrapper(conv(), 0.5).eval()),
+    "dropout of ids": ("ids", lambda: DropoutWrapper(MultiRNNCell([EmbeddingWrapper(GRUCell(4), 6, 3)]))),
+    "residual of convolution": ("images", lambda: ResidualWrapper(conv())),
+    "device of convolution": ("images", lambda: DeviceWrapper(MultiRNNCell([conv()]), "cpu")),
+    "device of phased": ("pair", lambda: DeviceWrapper(PhasedLSTMCell(4), "cpu")),
+    "output of phased": ("pair", lambda: OutputProjectionWrapper(PhasedLSTMCell(4), 3)),
+    "output of pieces": ("vectors", lambda: OutputProjectionWrapper(TimeFreqLSTMCell(3, feature_size=2), 3)),
+    "input of grid": ("vectors", lambda: InputProjectionWrapper(grid(), 4)),
+    "attention on grid": ("vectors", lambda: AttentionCellWrapper(grid(), 2, input_size=4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("kind", "make"), COMPOSITES.values(), ids=COMPOSITES)
+def test_cells_inside_build_themselves_for_what_they_read(
+    kind: str, make: Callable[[], RNNCell], way: str
+) -> None:
+    cell, inputs = make(), KINDS[kind]()
+    with WAYS[way]():
+        outputs, state = torchrnn.dynamic_rnn(cell, inputs, dtype=torch.float32)
+    assert {p.dtype for p in cell.parameters()} == {outputs.dtype} == {torch.float32}
+    step, new = [], cell.zero_state(B, torch.float32)
+    for t in range(T):
+        y, new = cell(pytree.tree_map(lambda v, t=t: v[:, t], inputs), new)
+        step.append(y)
+    assert_close((outputs, state), (torch.stack(step, 1), new))
+
+
+@pytest.mark.parametrize("name", [name for name, (kind, _) in COMPOSITES.items() if kind != "vectors"])
+def test_the_first_step_builds_what_the_first_sequence_does(name: str) -> None:
+    kind, make = COMPOSITES[name]
+    inputs = KINDS[kind]()
+    whole, stepped = make(), make()
+    torchrnn.dynamic_rnn(whole, inputs, dtype=torch.float32)
+    stepped(pytree.tree_map(lambda v: v[:, 0], inputs), stepped.zero_state(B, torch.float32))
+    assert {n: (p.shape, p.dtype) for n, p in stepped.named_parameters()} == {
+        n: (p.shape, p.dtype) for n, p in whole.named_parameters()
+    }
+
+
+class TwoArguments(GRUCell):
+    """A cell whose ``zero_state`` has TensorFlow's arguments only."""
+
+    def zero_state(self, batch_size: int, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+        return torch.full((batch_size, N), 0.5, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        ResidualWrapper,
+        DropoutWrapper,
+        HighwayWrapper,
+        lambda cell: MultiRNNCell([DeviceWrapper(cell, "cpu")]),
+    ],
+)
+def test_zero_states_of_cells_inside_may_have_two_arguments(make: Callable[[Any], RNNCell]) -> None:
+    cell = make(TwoArguments(N))
+    assert all(bool((v == 0.5).all()) for v in pytree.tree_leaves(cell.zero_state(B, F64)))
+    torchrnn.dynamic_rnn(cell, torch.randn(B, T, N), dtype=torch.float32)
 
 
 # Residual and highway -------------------------------------------------------------------------------------

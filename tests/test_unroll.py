@@ -298,6 +298,30 @@ def test_no_steps_at_all(name: str, way: str, lengths: Any) -> None:
         torch.testing.assert_close(new, state, rtol=0, atol=0)
 
 
+def test_outputs_of_no_steps_have_the_dtype_of_the_state() -> None:
+    cell = rnn_cell.EmbeddingWrapper(rnn_cell.GRUCell(4), 6, 3)
+    ids = torch.zeros(2, 0, 1, dtype=torch.int64)
+    assert torchrnn.dynamic_rnn(cell, ids, dtype=torch.float32)[0].dtype == torch.float32
+    emitted, _, _ = torchrnn.raw_rnn(
+        cell,
+        lambda *_: (
+            torch.ones(2, dtype=torch.bool),
+            ids[:, :, 0].new_zeros(2),
+            torch.zeros(2, 4),
+            None,
+            None,
+        ),
+    )
+    assert emitted.dtype == torch.float64
+
+
+def test_a_call_that_is_refused_for_dtypes_leaves_the_cell_unbuilt() -> None:
+    cell, x = rnn_cell.GRUCell(4), torch.randn(2, 3, 5)
+    with pytest.raises(TypeError, match="inputs and state must have one dtype"):
+        torchrnn.dynamic_rnn(cell, x, dtype=torch.float32)
+    assert not cell.built
+
+
 @pytest.mark.parametrize("lengths", [None, []])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", MAKERS)
@@ -680,6 +704,67 @@ def test_a_subclass_with_equations_of_its_own_is_not_run_by_those_of_its_base() 
             torch.testing.assert_close(run(outer, x), expected)
             assert "generic loop" in torchrnn.explain(outer)
             assert "one op" not in torchrnn.explain(outer)
+
+
+def test_a_subclass_with_parts_of_a_step_of_its_own_is_not_run_by_those_of_its_base() -> None:
+    class Halved(rnn_cell.UGRNNCell):
+        def step(self, projected: Tensor, state: Tensor) -> Any:
+            output, new = super().step(projected, state)
+            return output / 2, new
+
+    class Doubled(rnn_cell.GLSTMCell):
+        def project(self, inputs: Tensor) -> Tensor:
+            return super().project(inputs) * 2
+
+    class Negated(Halved):
+        def call(self, inputs: Tensor, state: Tensor) -> Any:
+            output, new = super().call(inputs, state)
+            return -output, new
+
+    class Shifted(Negated):
+        def step(self, projected: Tensor, state: Tensor) -> Any:
+            output, new = super().step(projected, state)
+            return output + 1, new
+
+    class Explained(rnn_cell.GRUCell):
+        def call(self, inputs: Tensor, state: Tensor) -> Any:
+            return super().call(inputs, state + 1)
+
+        def why_loop(self) -> str:
+            return "it is mine"
+
+    for cell in (Halved(4), Doubled(4), Negated(4), Shifted(4), Explained(4)):
+        x = torch.randn(2, 3, 5)
+        with torchrnn.stepwise():
+            expected = run(cell, x)
+        torch.testing.assert_close(run(cell, x), expected)
+        assert "one op" not in torchrnn.explain(cell)
+    assert "for all steps at once" in torchrnn.explain(Halved(4))
+    assert torchrnn.explain(Explained(4)).endswith("step by step; it is mine")
+
+
+def test_explain_says_nothing_of_cells_inside_one_that_calls_them_step_by_step() -> None:
+    class Outer(rnn_cell.RNNCell):
+        state_size = output_size = 4
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = rnn_cell.GRUCell(4)
+
+        def inner_cells(self) -> Any:
+            return [("", self.cell)]
+
+        def call(self, inputs: Tensor, state: Tensor) -> Any:
+            output, new = self.cell(inputs, state)
+            return output, new
+
+    class Own(Outer):
+        def unroll(self, inputs: Tensor, state: Tensor, run: Any) -> Any:
+            return self.cell.unroll(inputs, state, run)
+
+    assert torchrnn.explain(Outer()) == "Outer: generic loop, step by step; the class has no faster way"
+    assert torchrnn.explain(Own()).splitlines()[0] == "Own: in its own way over the whole sequence"
+    assert "one op" in torchrnn.explain(Own()).splitlines()[1]
 
 
 def test_explain_has_a_line_for_each_part() -> None:

@@ -2,6 +2,8 @@
 
 Letters: T steps, B batch rows. ``parallel_iterations``, ``swap_memory`` and ``scope`` are accepted as in
 TensorFlow and have no effect. No function reads past a row's length: what is there may be anything.
+
+One file for all of them, as they are variations of one run and half of it is the list of their arguments.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torchrnn.rnn_cell.base import (
     alive_mask,
     assert_cell,
     describe,
+    float_dtype,
     is_size,
     loop,
     map_sizes,
@@ -39,7 +42,8 @@ _STEPWISE: ContextVar[bool] = ContextVar("torchrnn_stepwise", default=False)
 def stepwise() -> Iterator[None]:
     """Makes the unrolling functions call cells step by step, as they do with cells that they do not know.
 
-    For comparison: results are the same, slower. What ``torch.compile`` compiles is not affected.
+    For comparison: results are the same, but for rounding and for masks that are drawn, and come slower. What
+    ``torch.compile`` compiles is not affected.
     """
     token = _STEPWISE.set(True)
     try:
@@ -49,7 +53,11 @@ def stepwise() -> Iterator[None]:
 
 
 def explain(cell: Any) -> str:
-    """Returns, a line per part of a cell, how the unrolling functions run it over a sequence, and why."""
+    """Returns, a line per part of a cell, how the unrolling functions run it over a sequence, and why.
+
+    It goes by the mode that the cell is in, and by whether gradients are recorded. Cells inside one that runs
+    step by step have no lines. ``raw_rnn``, and all functions in ``stepwise``, call cells step by step.
+    """
     assert_cell(cell)
     return "\n".join("  " * (depth - 1) + text for depth, text in nested(cell))
 
@@ -188,7 +196,7 @@ def bidirectional_dynamic_rnn(
     assert_cell(cell_fw, "cell_fw")
     assert_cell(cell_bw, "cell_bw")
     x = _time_major(inputs, time_major)
-    _check_range(sequence_length, pytree.tree_leaves(x)[0].size(0))
+    check_range(sequence_length, pytree.tree_leaves(x)[0].size(0))
     out_fw, state_fw = _run(cell_fw, x, sequence_length, initial_state_fw, dtype, False)
     out_bw, state_bw = _run(cell_bw, x, sequence_length, initial_state_bw, dtype, True)
     if not time_major:
@@ -214,7 +222,7 @@ def static_bidirectional_rnn(
     assert_cell(cell_fw, "cell_fw")
     assert_cell(cell_bw, "cell_bw")
     x = _stack(inputs)
-    _check_range(sequence_length, len(inputs))
+    check_range(sequence_length, len(inputs))
     out_fw, state_fw = _run(cell_fw, x, sequence_length, initial_state_fw, dtype, False)
     out_bw, state_bw = _run(cell_bw, x, sequence_length, initial_state_bw, dtype, True)
     return _unstack(_concat(out_fw, out_bw), len(inputs)), state_fw, state_bw
@@ -332,7 +340,8 @@ def raw_rnn(
     batch = first.size(0)
     finished = torch.as_tensor(finished, device=first.device).expand(batch)
     if emit is None:
-        zero = map_sizes(lambda s: first.new_zeros(batch, *shape_of(s)), cell.output_size)
+        dtype = float_dtype(state, x)
+        zero = map_sizes(lambda s: first.new_zeros(batch, *shape_of(s), dtype=dtype), cell.output_size)
     else:
         zero = pytree.tree_map(lambda e: e.new_zeros(batch, *e.shape), emit)
     spec = pytree.tree_structure(zero)
@@ -382,28 +391,33 @@ def _run(
     """Runs a cell over x, whose tensors are [T, B, ...]."""
     first = pytree.tree_leaves(x)[0]
     steps, batch = first.shape[:2]
-    lengths = _lengths(sequence_length, steps, batch, first.device)
+    lengths = row_lengths(sequence_length, steps, batch, first.device)
+    kind = _check_dtypes(x, initial_state, dtype)
+    if isinstance(cell, RNNCell) and steps:
+        # Before there is a state: of some cells the sizes go by the inputs.
+        cell.build_for(pytree.tree_map(lambda v: v[0], x), kind)
     state = _initial_state(cell, first, initial_state, dtype)
     start_sequence(cell)
+    run = Run(lengths, reverse)
     alive = None
     if lengths is not None:
         alive = alive_mask(lengths, steps)
         # Padding may hold anything, and 0 * NaN in the gradient of a weight would spread it.
-        x = pytree.tree_map(lambda v: torch.where(_like(alive, v), v, v.new_zeros(())), x)
-    run = Run(lengths, reverse)
+        x = _zero_padding(alive, x)
     if steps == 0 or (not torch.compiler.is_compiling() and _STEPWISE.get()):
         return loop(cell, x, state, run)
-    if isinstance(cell, RNNCell):
-        cell.build_for(pytree.tree_map(lambda v: v[0], x))
     outputs, state = unroll_cell(cell, x, state, run)
-    if alive is not None:
-        outputs = pytree.tree_map(lambda v: torch.where(_like(alive, v), v, v.new_zeros(())), outputs)
-    return outputs, state
+    return outputs if alive is None else _zero_padding(alive, outputs), state
 
 
-def _like(alive: Tensor, value: Tensor) -> Tensor:
-    """Returns alive [T, B] with the rank of a value [T, B, ...]."""
-    return alive.view(*alive.shape, *[1] * (value.dim() - 2))
+def _zero_padding(alive: Tensor, nest: Nest) -> Nest:
+    """Returns tensors [T, B, ...] with zeros where a row is not alive [T, B]."""
+
+    def one(value: Tensor) -> Tensor:
+        mask = alive.view(*alive.shape, *[1] * (value.dim() - 2))
+        return torch.where(mask, value, value.new_zeros(()))
+
+    return pytree.tree_map(one, nest)
 
 
 def _time_major(inputs: Nest, time_major: bool) -> Nest:
@@ -446,7 +460,7 @@ def _concat(fw: Nest, bw: Nest) -> Nest:
     return pytree.tree_unflatten([torch.cat(pair, -1) for pair in both], spec)
 
 
-def _lengths(
+def row_lengths(
     value: Tensor | Sequence[int] | None, steps: int, batch: int, device: torch.device
 ) -> Tensor | None:
     """Returns lengths as [B] int64 in 0..T."""
@@ -466,7 +480,7 @@ def _lengths(
     return lengths.to(device, torch.int64).clamp(0, steps)
 
 
-def _check_range(value: Tensor | Sequence[int] | None, steps: int) -> None:
+def check_range(value: Tensor | Sequence[int] | None, steps: int) -> None:
     """Raises for lengths outside 0..T, which a reversal cannot have; those on a device are clamped."""
     if value is None or torch.compiler.is_compiling():
         return
@@ -477,12 +491,35 @@ def _check_range(value: Tensor | Sequence[int] | None, steps: int) -> None:
             raise ValueError(f"sequence_length must be in 0..T with T={steps}, got {low}..{high}")
 
 
+def _check_dtypes(inputs: Nest, state: Nest, dtype: torch.dtype | None) -> torch.dtype | None:
+    """Returns the floating dtype of the state, given or to be made; None if it has none or several."""
+    if state is None:
+        if dtype is None:
+            raise ValueError("If there is no initial_state, you must give a dtype.")
+        kinds = {dtype} if dtype.is_floating_point else set()
+    else:
+        kinds = _float_dtypes(state)
+        if dtype is None and len(kinds) > 1:
+            raise ValueError(
+                f"State has tensors of different inferred_dtypes. Unable to infer a single representative "
+                f"dtype: {sorted(map(str, kinds))}"
+            )
+    there = _float_dtypes(inputs)
+    if len(kinds) == 1 and there and not kinds <= there:
+        names = " and ".join(sorted(map(str, there)))
+        raise TypeError(f"inputs and state must have one dtype, got {names} and {kinds.pop()}")
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def _float_dtypes(nest: Nest) -> set[torch.dtype]:
+    leaves = pytree.tree_leaves(nest)
+    return {v.dtype for v in leaves if isinstance(v, Tensor) and v.is_floating_point()}
+
+
 def _initial_state(cell: Any, first: Tensor, state: Nest, dtype: torch.dtype | None) -> Nest:
     """Returns the state to start from, in the cell's own structure."""
     batch = first.size(1)
     if state is None:
-        if dtype is None:
-            raise ValueError("If there is no initial_state, you must give a dtype.")
         state = zero_state_of(cell, batch, dtype, first.device)
     else:
         spec = pytree.tree_structure(map_sizes(lambda _: 0, cell.state_size))
@@ -493,17 +530,8 @@ def _initial_state(cell: Any, first: Tensor, state: Nest, dtype: torch.dtype | N
                 f"got {describe(state)}"
             )
         state = pytree.tree_unflatten(leaves, spec)
-    leaves = [v for v in pytree.tree_leaves(state) if isinstance(v, Tensor)]
-    kinds = {v.dtype for v in leaves if v.is_floating_point()}
-    if dtype is None and len(kinds) > 1:
-        raise ValueError(
-            f"State has tensors of different inferred_dtypes. Unable to infer a single representative "
-            f"dtype: {sorted(map(str, kinds))}"
-        )
-    if len(kinds) == 1 and first.is_floating_point() and {first.dtype} != kinds:
-        raise TypeError(f"inputs and state must have one dtype, got {first.dtype} and {kinds.pop()}")
-    for v in leaves:
-        if v.dim() and v.size(0) != batch:
+    for v in pytree.tree_leaves(state):
+        if isinstance(v, Tensor) and v.dim() and v.size(0) != batch:
             raise ValueError(f"initial_state must have B={batch} rows, got {describe(state)}")
     return state
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import torchrnn
-from bench.cases import Case
+from bench.cases import TF_PRODUCTS, Case
+from bench.peers.cells import Unrolled
 from bench.peers.layers import Layers, TorchLayer, lengths_forward, packed_forward
 from bench.peers.loop import CompiledLoop
 from bench.peers.onnx import OnnxRuntime, OpenVino
@@ -28,6 +29,7 @@ __all__ = [
     "errors",
     "lengths_forward",
     "make_problem",
+    "ours",
     "packed_forward",
     "select",
     "shortened",
@@ -43,13 +45,31 @@ EXACT = TorchLayer("float64", TORCH_LAYERS, packed_forward, dtype=torch.float64)
 WIDE = TorchLayer(
     "torchrnn fp32", LAYERS, lengths_forward, dtype=torch.float32, dtypes=("bfloat16", "float16")
 )
+# The cells of torchrnn.rnn_cell: ours under the same name, and what a cell without a faster way runs in.
+OUR_CELLS = Unrolled(OURS.name)
+LOOP = Unrolled("generic loop", torchrnn.stepwise)
+EXACT_CELLS = Unrolled("float64", torchrnn.stepwise, torch.float64)
+# The layer of the same sizes without the cell's variations, which show what these cost; results differ.
+PLAIN_LAYERS = {
+    name: LAYERS["lstm" if name.endswith("lstm") else "gru"]
+    for name in TF_PRODUCTS
+    if name.endswith(("lstm", "gru"))
+}
+PLAIN = TorchLayer("torchrnn plain", PLAIN_LAYERS, lengths_forward)
 PEERS: tuple[Peer, ...] = (
     TorchLayer("torch.nn", TORCH_LAYERS, packed_forward),
     CompiledLoop(),
     OnnxRuntime(),
     OpenVino(),
     WIDE,
+    LOOP,
+    PLAIN,
 )
+
+
+def ours(case: Case) -> Peer:
+    """Returns what of torchrnn runs the case."""
+    return OUR_CELLS if OUR_CELLS.supports(case) else OURS
 
 
 def select(case: Case, names: Iterable[str]) -> list[Peer]:
@@ -77,13 +97,17 @@ def shortened(case: Case) -> Case:
 
 
 def errors(case: Case, peers: Iterable[Peer]) -> dict[str, float]:
-    """Returns each peer's largest error against float64, relative to the largest value of its tensor."""
-    problem = make_problem(shortened(case))
-    exact = EXACT.prepare(problem)()
+    """Returns each peer's largest error against float64, relative to the largest value of its tensor.
+
+    What dropout drops is random, so a case with dropout is compared without it.
+    """
+    problem = make_problem(dataclasses.replace(shortened(case), keep=1.0))
+    exact = (EXACT_CELLS if EXACT_CELLS.supports(case) else EXACT).prepare(problem)()
     return {
         peer.name: max(
             float((torch.as_tensor(value).double() - true).abs().max() / true.abs().max())
             for value, true in zip(peer.prepare(problem)(), exact, strict=True)
         )
         for peer in peers
+        if peer is not PLAIN
     }

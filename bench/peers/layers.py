@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from bench.cases import Case
-from bench.peers.problem import Kind, Problem, Run, make_layer
+from bench.peers.problem import Kind, Problem, Run, make_layer, make_run
 
 Forward = Callable[[nn.Module, Tensor, Any, Tensor | None], tuple[Tensor, Any]]
 Layers = dict[str, Kind]
@@ -63,14 +63,14 @@ class TorchLayer:
         return None
 
     def supports(self, case: Case) -> bool:
-        return self.dtypes is None or case.dtype in self.dtypes
+        return case.cell in self.layers and (self.dtypes is None or case.dtype in self.dtypes)
 
     def prepare(self, problem: Problem) -> Run:
         case = problem.case
         dtype = self.dtype or problem.x.dtype
         layer = make_layer(self.layers[case.cell], case, dtype=dtype, **self.options)
         layer.load_state_dict(problem.weights)
-        parameters = list(layer.parameters())
+        parameters: list[Tensor] = list(layer.parameters())
         x, dy = problem.x.to(dtype, copy=True), problem.dy.to(dtype)
         states = tuple(part.to(dtype) for part in problem.state)
         state = None if not states else states if case.cell == "lstm" else states[0]
@@ -79,16 +79,4 @@ class TorchLayer:
             y, final = self.forward(layer, x, state, problem.lengths)
             return [y, *(final if isinstance(final, tuple) else (final,))]
 
-        def infer() -> list[Tensor]:
-            with torch.inference_mode():
-                return forward()
-
-        def train() -> list[Tensor]:
-            outputs = forward()
-            gradients = torch.autograd.grad(outputs[0], [x, *parameters], dy)
-            return [*(output.detach() for output in outputs), *gradients]
-
-        if case.mode == "infer":
-            return infer
-        x.requires_grad_()
-        return train
+        return make_run(case, forward, x, parameters, dy)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from bench.cases import Case
-from bench.peers.problem import Problem, Run
+from bench.peers.problem import Problem, Run, make_run
 
 Step = Callable[..., tuple[Tensor, ...]]
 
@@ -53,14 +53,14 @@ class CompiledLoop:
 
     def supports(self, case: Case) -> bool:
         size = (case.steps, case.batch, case.inputs, case.hidden)
-        return size in SIZES and case == Case(case.cell, case.mode, *size)
+        return case.cell in STEPS and size in SIZES and case == Case(case.cell, case.mode, *size)
 
     def prepare(self, problem: Problem) -> Run:
         case = problem.case
         # All shapes of a step share a cache of compiled code; when it is full, the rest would run uncompiled.
         torch._dynamo.reset()
         step = torch.compile(STEPS[case.cell], dynamic=False, backend=self.backend)
-        weights = list(problem.weights.values())
+        weights = [weight.clone() for weight in problem.weights.values()]
         x = problem.x.clone()
         zeros = x.new_zeros(case.batch, case.hidden)
         first = tuple(part[0] for part in problem.state) or ((zeros,) * (2 if case.cell == "lstm" else 1))
@@ -72,17 +72,4 @@ class CompiledLoop:
                 outputs.append(state[0])
             return [torch.stack(outputs), *(part.unsqueeze(0) for part in state)]
 
-        def infer() -> list[Tensor]:
-            with torch.inference_mode():
-                return forward()
-
-        def train() -> list[Tensor]:
-            outputs = forward()
-            gradients = torch.autograd.grad(outputs[0], [x, *weights], problem.dy)
-            return [*(output.detach() for output in outputs), *gradients]
-
-        if case.mode == "infer":
-            return infer
-        weights = [weight.clone().requires_grad_() for weight in weights]
-        x.requires_grad_()
-        return train
+        return make_run(case, forward, x, weights, problem.dy)

@@ -133,7 +133,7 @@ class OnnxPeer:
     own_threads = True
 
     def supports(self, case: Case) -> bool:
-        return case.mode == "infer" and case.dtype == "float32"
+        return case.cell in ORDER and case.mode == "infer" and case.dtype == "float32"
 
 
 class OnnxRuntime(OnnxPeer):

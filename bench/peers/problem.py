@@ -29,7 +29,7 @@ class Problem:
     dy: Tensor  # [T, B, D*H], the gradient of the output in training.
     state: tuple[Tensor, ...]  # [L*D, B, H] each, before the first step; empty unless streaming.
     lengths: Tensor | None  # [B], if ragged.
-    weights: dict[str, Tensor]  # With the names and layout of torch.nn.
+    weights: dict[str, Tensor]  # With the names and layout of torch.nn; other cells have their own.
 
 
 def make_problem(case: Case) -> Problem:
@@ -44,7 +44,7 @@ def make_problem(case: Case) -> Problem:
         state = tuple(torch.rand(shape).sub_(0.5).to(dtype) for _ in range(states))
         # As torch.nn initialises them: uniform in +-1/sqrt(H).
         with torch.device("meta"):
-            shapes = make_layer(nn.LSTM if case.cell == "lstm" else nn.GRU, case).state_dict()
+            shapes = make_layer(nn.LSTM if case.cell.endswith("lstm") else nn.GRU, case).state_dict()
         weights = {
             name: torch.empty(like.shape).uniform_(-bound, bound).to(dtype) for name, like in shapes.items()
         }
@@ -55,6 +55,35 @@ def make_problem(case: Case) -> Problem:
 def make_layer(kind: Kind, case: Case, **options: Any) -> nn.RNNBase:
     """Returns a new layer of the case's sizes."""
     return kind(case.inputs, case.hidden, case.layers, bidirectional=case.directions == 2, **options)
+
+
+def make_run(
+    case: Case, forward: Callable[[], list[Tensor]], x: Tensor, parameters: list[Tensor], dy: Tensor
+) -> Run:
+    """Returns what runs a case in plain PyTorch.
+
+    Args:
+        case: The case.
+        forward: Returns the output and the final states.
+        x: What ``forward`` reads; in training its gradient is asked for.
+        parameters: Likewise.
+        dy: The gradient of the output.
+    """
+
+    def infer() -> list[Tensor]:
+        with torch.inference_mode():
+            return forward()
+
+    def train() -> list[Tensor]:
+        outputs = forward()
+        gradients = torch.autograd.grad(outputs[0], [x, *parameters], dy)
+        return [*(output.detach() for output in outputs), *gradients]
+
+    if case.mode == "infer":
+        return infer
+    for tensor in (x, *parameters):
+        tensor.requires_grad_()
+    return train
 
 
 class Peer(Protocol):

@@ -2,6 +2,8 @@
 
 Letters: T steps, B batch rows, I inputs, U units, G gates of the cell. Weights are kept in Keras's layout.
 Keras 3 and tf_keras compute the same but for hard_sigmoid.
+
+One file from the configuration to the modules, as neither is of use without the other.
 """
 
 from __future__ import annotations

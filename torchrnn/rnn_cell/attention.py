@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -105,7 +105,7 @@ class AttentionCellWrapper(Wrapper):
     def variable_shapes(self, input_size: int) -> Mapping[str, tuple[int, ...]]:
         """Returns the shapes for I inputs."""
         size, units = self.attn_size, self.attn_vec_size
-        inner = self._inner_size(input_size)
+        inner = input_size if self.input_size is None else self.input_size
         return {
             "kernel": (input_size + size, inner),
             "bias": (inner,),
@@ -117,12 +117,9 @@ class AttentionCellWrapper(Wrapper):
             "attn_output_projection/bias": (size,),
         }
 
-    def _inner_size(self, input_size: int) -> int:
-        return input_size if self.input_size is None else self.input_size
-
-    def build_inner(self, size: int, dtype: torch.dtype | None, device: Any) -> None:
+    def build_inner(self, inputs: Nest, dtype: torch.dtype | None, device: Any) -> None:
         """Builds the cell inside for the projected input."""
-        build_cell(self.cell, self._inner_size(size), dtype, device)
+        build_cell(self.cell, inputs if self.input_size is None else self.input_size, dtype, device)
 
     def _split(self, state: Nest) -> tuple[Nest, Tensor, Tensor]:
         if not self.state_is_tuple:
@@ -146,10 +143,6 @@ class AttentionCellWrapper(Wrapper):
         new = (inner, attention, memory)
         return out, new if self.state_is_tuple else torch.cat(new, -1)
 
-    def paths(self) -> Iterator[tuple[int, str]]:
-        """Yields how a sequence runs."""
-        yield (
-            0,
-            f"{self.describe()}: generic loop, step by step; the input of each step needs the attention of "
-            "the one before",
-        )
+    def why_loop(self) -> str:
+        """Returns why a sequence runs step by step."""
+        return "the input of each step needs the attention of the one before"

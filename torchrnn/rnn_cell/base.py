@@ -2,6 +2,8 @@
 
 Letters: T steps, B batch rows, I inputs, U units. A nest is a tensor or a tuple, named tuple, list or dict of
 nests (``torch.utils._pytree``). The equations of all cells are those of TensorFlow 1.15.
+
+One file, as what a cell is made of, the cell and the loop over it are used together by every cell.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -130,6 +132,13 @@ def kernel_activation(function: Activation) -> str | None:
     return _KERNEL_NAMES.get(function) or _KERNEL_NAMES.get(type(function))
 
 
+def why_no_kernel(activation: Activation) -> str | None:
+    """Returns that no kernel has an activation, for ``RNNCell.why_loop``; None if the kernels have it."""
+    if kernel_activation(activation) is not None:
+        return None
+    return f"no kernel has the activation {getattr(activation, '__name__', type(activation).__name__)}"
+
+
 def glorot_uniform(tensor: Tensor) -> None:
     """Fills with U(-b, b), b = sqrt(6 / (fan_in + fan_out)), fans as TensorFlow counts them.
 
@@ -225,8 +234,8 @@ class RNNCell(LazyModuleMixin, nn.Module):
     ``(output, new_state)`` of one step. If it has variables of its own, it declares them in ``__init__`` by
     ``add_variable`` and gives their shapes in ``variable_shapes``; or it holds parameters and modules as any
     ``nn.Module``. A subclass that knows a faster way over a whole sequence than step by step overrides
-    ``unroll`` and ``paths``; one that overrides ``call`` or ``forward`` alone runs step by step, whatever
-    way its base knows.
+    ``unroll``, ``why_loop`` and ``way``; one that overrides ``call`` or ``forward`` alone runs step by step,
+    whatever way its base knows.
 
     Args:
         name: The variable scope; by default the class's ``scope``.
@@ -245,13 +254,20 @@ class RNNCell(LazyModuleMixin, nn.Module):
         super().__init_subclass__(**kwargs)
         # TensorFlow's signature has no device, and a user's cell may keep to it.
         cls._zero_state_takes_device = "device" in inspect.signature(cls.zero_state).parameters
-        first = next(
-            name for base in cls.__mro__ for name in ("unroll", "call", "forward") if name in vars(base)
-        )
-        if first != "unroll" and cls.unroll is not RNNCell.unroll:
-            # The inherited way computes another step than that of this class.
-            this: Any = cls
-            this.unroll, this.paths = RNNCell.unroll, RNNCell.paths
+        if cls._first_defined("unroll", "call", "forward") != "unroll":
+            cls._run_as(RNNCell)
+
+    @classmethod
+    def _first_defined(cls, *names: str) -> str:
+        """Returns which of the methods the class has from the nearest base; of one base, the first."""
+        return next(name for base in cls.__mro__ for name in names if name in vars(base))
+
+    @classmethod
+    def _run_as(cls, base: type[RNNCell]) -> None:
+        """Leaves the inherited way over a sequence, which computes another step than that of the class."""
+        if cls.unroll is not base.unroll:
+            for name in {"unroll", "why_loop", "way", "paths"} - vars(cls).keys():
+                setattr(cls, name, getattr(base, name))
 
     def __init__(
         self, *, name: str | None = None, dtype: torch.dtype | None = None, reuse: bool | None = None
@@ -323,9 +339,31 @@ class RNNCell(LazyModuleMixin, nn.Module):
             dtype: Of the variables; by default the cell's ``dtype``, else torch's default.
             device: Of the variables; by default torch's default, or where ``to`` has put them.
         """
-        size = input_size if isinstance(input_size, int) else list(input_size)[-1]
+        self.build_inner(input_size, dtype, device)
+        size: int = pytree.tree_leaves(map_sizes(lambda each: shape_of(each)[-1], input_size))[-1]
         self.build_own(size, dtype, device)
-        self.build_inner(size, dtype, device)
+
+    def build_for(self, inputs: Nest, dtype: torch.dtype | None = None) -> None:
+        """Builds the cell for inputs [..., I], or checks that it was built for such.
+
+        Args:
+            inputs: The inputs of one step or more.
+            dtype: Of the variables, unless the cell has one: that of the state; by default of the inputs.
+        """
+        size = self.input_size_of(inputs)
+        dtype = dtype or float_dtype(inputs)
+        device = pytree.tree_leaves(inputs)[0].device
+        # These first: what they put out may depend on what they read.
+        self.build_inner(inputs, dtype, device)
+        self.build_own(size, dtype, device)
+
+    def input_size_of(self, inputs: Nest) -> int:
+        """Returns I, by which ``variable_shapes`` goes; ValueError if the cell cannot read the inputs."""
+        first = pytree.tree_leaves(inputs)[0]
+        if not first.is_floating_point():
+            raise ValueError(f"RNN cell only supports floating point inputs, but saw dtype: {first.dtype}")
+        size: int = first.size(-1)
+        return size
 
     def build_own(self, size: int, dtype: torch.dtype | None, device: Any) -> None:
         """Creates the cell's own variables, or checks that those there have the shapes."""
@@ -350,21 +388,15 @@ class RNNCell(LazyModuleMixin, nn.Module):
                     f"but it was built as {list(parameter.shape)}"
                 )
 
-    def build_inner(self, size: int, dtype: torch.dtype | None, device: Any) -> None:
-        """Builds the cells inside, which by default see the cell's own input."""
+    def build_inner(self, inputs: Nest, dtype: torch.dtype | None, device: Any) -> None:
+        """Builds the cells inside, which by default read what the cell does: tensors, or their size."""
         for _, cell in self.inner_cells():
-            build_cell(cell, size, dtype, device)
+            build_cell(cell, inputs, dtype, device)
 
-    def initialize_parameters(self, inputs: Nest, *_: Any, **__: Any) -> None:
+    def initialize_parameters(self, inputs: Nest, state: Nest = None, *_: Any, **__: Any) -> None:
         """Builds the cell for its first input; called by torch before the first ``forward``."""
-        self.build_for(inputs)
-
-    def build_for(self, inputs: Nest) -> None:
-        """Builds the cell for an input [..., I], or checks that it was built for such."""
-        first = pytree.tree_leaves(inputs)[0]
-        if not first.is_floating_point():
-            raise ValueError(f"RNN cell only supports floating point inputs, but saw dtype: {first.dtype}")
-        self.build(first.size(-1), first.dtype, first.device)
+        self.check_inputs(inputs)
+        self.build_for(inputs, float_dtype(state))
 
     @property
     def trainable_weights(self) -> list[nn.Parameter]:
@@ -426,7 +458,7 @@ class RNNCell(LazyModuleMixin, nn.Module):
     def forward(self, inputs: Nest, state: Nest, scope: object = None) -> tuple[Nest, Nest]:
         """Runs one step; returns ``(output, new_state)``. ``scope`` is accepted and ignored."""
         self.check_inputs(inputs)
-        self.build_for(inputs)
+        self.build_for(inputs, float_dtype(state))
         return self.call(inputs, state)
 
     def check_inputs(self, inputs: Nest) -> None:
@@ -449,11 +481,21 @@ class RNNCell(LazyModuleMixin, nn.Module):
         """
         return loop(self, inputs, state, run)
 
+    def why_loop(self) -> str | None:
+        """Returns why ``unroll`` calls the cell step by step; None if it has a faster way."""
+        return "the class has no faster way" if type(self).unroll is RNNCell.unroll else None
+
+    def way(self) -> str:
+        """Returns how ``unroll`` runs a sequence where ``why_loop`` is None."""
+        return "in its own way over the whole sequence"
+
     def paths(self) -> Iterator[tuple[int, str]]:
         """Yields depth and text of the lines of ``explain``: how ``unroll`` runs this cell, and why."""
-        yield 0, f"{self.describe()}: generic loop, step by step; the class has no faster way"
-        for _, cell in self.inner_cells():
-            yield from nested(cell)
+        why = self.why_loop()
+        yield 0, f"{self.describe()}: {self.way() if why is None else f'generic loop, step by step; {why}'}"
+        if why is None:
+            for _, cell in self.inner_cells():
+                yield from nested(cell)
 
     def describe(self) -> str:
         """Returns the class with its size."""
@@ -487,10 +529,20 @@ def _tf_names(cell: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[st
         yield from _tf_names(child, scope + inner, seen)
 
 
-def build_cell(cell: nn.Module, input_size: int, dtype: torch.dtype | None, device: Any) -> None:
-    """Builds a cell that has ``build``; a user's own may do without."""
-    if isinstance(cell, RNNCell):
-        cell.build(input_size, dtype, device)
+def build_cell(cell: nn.Module, inputs: Nest, dtype: torch.dtype | None, device: Any) -> None:
+    """Builds a cell for tensors, or for sizes of one row; a user's own may do without."""
+    if not isinstance(cell, RNNCell):
+        return
+    if isinstance(pytree.tree_leaves(inputs, is_leaf=is_size)[0], Tensor):
+        cell.build_for(inputs, dtype)
+    else:
+        cell.build(inputs, dtype, device)
+
+
+def float_dtype(*nests: Nest) -> torch.dtype | None:
+    """Returns the dtype of the first floating tensor; None if there is none."""
+    leaves = pytree.tree_leaves(nests)
+    return next((v.dtype for v in leaves if isinstance(v, Tensor) and v.is_floating_point()), None)
 
 
 def zero_state_of(
@@ -503,7 +555,19 @@ def zero_state_of(
         state = cell.zero_state(batch_size, dtype)
     else:
         state = cell.get_initial_state(inputs=None, batch_size=batch_size, dtype=dtype)
-    return pytree.tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, state)
+    return to_device(state, device)
+
+
+def to_device(nest: Nest, device: torch.device | str | None) -> Nest:
+    """Returns a nest with its tensors on a device; as it is for None."""
+    return pytree.tree_map(lambda v: v.to(device) if isinstance(v, Tensor) and device else v, nest)
+
+
+def empty_outputs(cell: Any, inputs: Nest, state: Nest) -> Nest:
+    """Returns the outputs [0, B, ...] of no steps, of the dtype of the state."""
+    first = pytree.tree_leaves(inputs)[0]
+    dtype = float_dtype(state, inputs)
+    return map_sizes(lambda s: first.new_zeros(0, first.size(1), *shape_of(s), dtype=dtype), cell.output_size)
 
 
 def is_cell(cell: object) -> bool:
@@ -577,9 +641,7 @@ def loop(cell: Any, inputs: Nest, state: Nest, run: Run) -> tuple[Nest, Nest]:
         leaves, spec = pytree.tree_flatten(output)
         outputs.append(leaves)
     if spec is None:
-        first = pytree.tree_leaves(inputs)[0]
-        empty = map_sizes(lambda s: first.new_zeros(0, first.size(1), *shape_of(s)), cell.output_size)
-        return empty, state
+        return empty_outputs(cell, inputs, state), state
     if run.reverse:
         outputs.reverse()
     stacked = []
@@ -587,8 +649,3 @@ def loop(cell: Any, inputs: Nest, state: Nest, run: Run) -> tuple[Nest, Nest]:
         y = torch.stack(each)
         stacked.append(y if last == steps else torch.cat([y, y.new_zeros(steps - last, *y.shape[1:])]))
     return pytree.tree_unflatten(stacked, spec), state
-
-
-def without_masks(run: Run) -> Run:
-    """Returns a run whose state is carried on as it is."""
-    return replace(run, masks=None)

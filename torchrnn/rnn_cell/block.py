@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from torchrnn.options import Options
-from torchrnn.rnn_cell.base import (
-    Initializer,
-    LSTMStateTuple,
-    Nest,
-    RNNCell,
-    Run,
-    constant,
-    linear,
-    loop,
-    split_state,
-)
+from torchrnn.rnn_cell.base import Initializer, RNNCell, Run, constant, linear
 from torchrnn.rnn_cell.core import GRUCell, LSTMCell
 from torchrnn.rnn_cell.engine import run_layer
 
@@ -54,35 +44,15 @@ class LSTMBlockCell(LSTMCell):
         clip = cell_clip if cell_clip is not None and cell_clip > 0 else None
         super().__init__(num_units, use_peephole, clip, forget_bias=forget_bias, name=name, dtype=dtype)
 
-    def call(self, inputs: Tensor, state: Nest) -> tuple[Tensor, Nest]:
-        """Returns ``(h', (c', h'))``."""
-        if self.cell_clip is None:
-            return super().call(inputs, state)
-        c, h = split_state(state, self.num_units, True)
-        i, j, f, o = linear([inputs, h], self.kernel, self.bias).chunk(4, -1)
-        if self.use_peepholes:
-            i, f = i + self.w_i_diag * c, f + self.w_f_diag * c
-        c = torch.sigmoid(f + self.forget_bias) * c + torch.sigmoid(i) * torch.tanh(j)
+    def _clip(self, c: Tensor) -> Tensor:
         # The value of the clamp, and the gradient of c.
-        c = c.detach().clamp(-self.cell_clip, self.cell_clip) + (c - c.detach())
-        if self.use_peepholes:
-            o = o + self.w_o_diag * c
-        h = torch.sigmoid(o) * torch.tanh(c)
-        return h, LSTMStateTuple(c, h)
+        return c if self.cell_clip is None else super()._clip(c.detach()) + (c - c.detach())
 
-    def unroll(self, inputs: Tensor, state: Nest, run: Run) -> tuple[Tensor, Nest]:
-        """Runs a sequence in one call of the engine, unless gradients have to pass the clip."""
+    def why_loop(self) -> str | None:
+        """Returns why a sequence runs step by step; None if it does not."""
         if self.cell_clip is not None and torch.is_grad_enabled():
-            return loop(self, inputs, state, run)
-        return super().unroll(inputs, state, run)
-
-    def paths(self) -> Iterator[tuple[int, str]]:
-        """Yields how a sequence runs."""
-        if self.cell_clip is not None and torch.is_grad_enabled():
-            why = "no kernel passes gradients straight through cell_clip; in no_grad mode one op"
-            yield 0, f"{self.describe()}: generic loop, step by step; {why}"
-            return
-        yield from super().paths()
+            return "no kernel passes gradients straight through cell_clip; in no_grad mode one op"
+        return super().why_loop()
 
 
 class CudnnCompatibleLSTMCell(LSTMBlockCell):
@@ -254,6 +224,6 @@ class CudnnCompatibleGRUCell(RNNCell):
         )
         return y, h
 
-    def paths(self) -> Iterator[tuple[int, str]]:
-        """Yields how a sequence runs."""
-        yield 0, f"{self.describe()}: one op over the sequence, gru with reset after the product"
+    def way(self) -> str:
+        """Returns how a sequence runs."""
+        return "one op over the sequence, gru with reset after the product"

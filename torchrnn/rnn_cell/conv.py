@@ -110,10 +110,10 @@ class ConvLSTMCell(RNNCell):
             )
         super().build_own(size, dtype, device)
 
-    def build_for(self, inputs: Nest) -> None:
-        """Builds the cell for inputs [B, *space, C]."""
+    def input_size_of(self, inputs: Nest) -> int:
+        """Returns C of inputs [B, *space, C]."""
         self.check_inputs(inputs)
-        super().build_for(inputs)
+        return super().input_size_of(inputs)
 
     def check_inputs(self, inputs: Nest) -> None:
         """Raises TypeError unless the inputs are a tensor, and ValueError unless it has ``input_shape``."""

@@ -1,9 +1,12 @@
-"""The cells of ``tf.nn.rnn_cell``: basic RNN, LSTM, GRU, and the stack of cells."""
+"""The cells of ``tf.nn.rnn_cell``: basic RNN, LSTM, GRU, and the stack of cells.
+
+One file, most of it the documentation of arguments: the other cells are variations of these.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,17 +32,16 @@ from torchrnn.rnn_cell.base import (
     linear,
     loop,
     lstm_size,
-    nested,
     split_state,
+    why_no_kernel,
     zero_state_of,
 )
 from torchrnn.rnn_cell.engine import gate_rows, gate_vector, run_layer
 
-
-def no_kernel(activation: Activation) -> str:
-    """Returns why a cell with this activation runs in the loop."""
-    name = getattr(activation, "__name__", type(activation).__name__)
-    return f"generic loop, step by step; no kernel has the activation {name}"
+SUMS = ("input", "transform", "forget", "output")
+"""The scopes of the layer norms of an LSTM's sums i, j, f and o."""
+ENGINE_ORDER = (0, 2, 1, 3)
+"""Where in TensorFlow's order i, j, f, o of an LSTM's sums the engine's i, f, j, o are."""
 
 
 def state_masks(run: Run, units: int, as_tuple: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -50,6 +52,19 @@ def state_masks(run: Run, units: int, as_tuple: bool) -> tuple[Tensor | None, Te
         mask_c, mask_h = run.masks
         return mask_h, mask_c
     return run.masks[..., units:], run.masks[..., :units]
+
+
+def forget_rows(like: Tensor, forget_bias: float) -> Tensor:
+    """Returns [rows of like, 1] with ``forget_bias`` in the engine's row of f, else 0."""
+    rows = like.new_zeros(like.size(0), 1)
+    rows[1] = forget_bias
+    return rows
+
+
+def listed(extras: Mapping[str, bool]) -> str:
+    """Returns " with a, b" of the names that are there, for ``RNNCell.way``."""
+    names = ", ".join(name for name, there in extras.items() if there)
+    return f" with {names}" if names else ""
 
 
 class BasicRNNCell(RNNCell):
@@ -116,13 +131,13 @@ class BasicRNNCell(RNNCell):
         y, h, _ = run_layer(options, run, inputs, self.kernel.t(), self.bias, state, masks=(run.masks, None))
         return y, h
 
-    def paths(self) -> Iterator[tuple[int, str]]:
-        """Yields how a sequence runs."""
-        fused = kernel_activation(self.activation) is not None
-        yield (
-            0,
-            f"{self.describe()}: {'one op over the sequence, rnn' if fused else no_kernel(self.activation)}",
-        )
+    def why_loop(self) -> str | None:
+        """Returns why a sequence runs step by step; None if it does not."""
+        return why_no_kernel(self.activation)
+
+    def way(self) -> str:
+        """Returns how a sequence runs otherwise."""
+        return "one op over the sequence, rnn"
 
 
 class LSTMCell(RNNCell):
@@ -224,70 +239,94 @@ class LSTMCell(RNNCell):
             shapes["projection/kernel"] = (units, self.num_proj)
         return shapes
 
+    # What the variations among the subclasses change, for a step as for the engine.
+
+    def _weights(self) -> tuple[Tensor, Tensor | None]:
+        """Returns the kernel and the projection as they are applied."""
+        return self.kernel, None if self.num_proj is None else self.projection_kernel
+
+    def _bias(self) -> Tensor | None:
+        """Returns what is added to the sums."""
+        return self.bias
+
+    def _norm(self, scope: str, x: Tensor) -> Tensor:
+        """Returns x, which a subclass may normalise: a sum, by its scope in ``SUMS``, or c' ("state")."""
+        return x
+
+    def _candidate(self, j: Tensor) -> Tensor:
+        """Returns what enters the memory through the input gate."""
+        return self.activation(j)
+
+    def _clip(self, c: Tensor) -> Tensor:
+        """Returns c' within ``cell_clip``."""
+        return c if self.cell_clip is None else c.clamp(-self.cell_clip, self.cell_clip)
+
+    def _shifts(self) -> tuple[Tensor | None, tuple[Tensor, Tensor, float] | None]:
+        """Returns the engine's bias and layer norm, one of them with ``forget_bias`` in it."""
+        bias = gate_vector(self.bias, ENGINE_ORDER).view(4, -1)
+        return (bias + forget_rows(bias, self.forget_bias)).view(-1), None
+
     def call(self, inputs: Tensor, state: Nest) -> tuple[Tensor, Nest]:
         """Returns ``(h', (c', h'))``."""
+        kernel, projection = self._weights()
         c, h = split_state(state, self.num_units, self.state_is_tuple)
-        i, j, f, o = linear([inputs, h], self.kernel, self.bias).chunk(4, -1)
+        i, j, f, o = map(self._norm, SUMS, linear([inputs, h], kernel, self._bias()).chunk(4, -1))
         if self.use_peepholes:
             i, f = i + self.w_i_diag * c, f + self.w_f_diag * c
-        c = torch.sigmoid(f + self.forget_bias) * c + torch.sigmoid(i) * self.activation(j)
-        if self.cell_clip is not None:
-            c = c.clamp(-self.cell_clip, self.cell_clip)
+        c = torch.sigmoid(f + self.forget_bias) * c + torch.sigmoid(i) * self._candidate(j)
+        c = self._clip(self._norm("state", c))
         if self.use_peepholes:
             o = o + self.w_o_diag * c
         h = torch.sigmoid(o) * self.activation(c)
-        if self.num_proj is not None:
-            h = h @ self.projection_kernel
+        if projection is not None:
+            h = h @ projection
             if self.proj_clip is not None:
                 h = h.clamp(-self.proj_clip, self.proj_clip)
         return h, join_state(c, h, self.state_is_tuple)
 
     def unroll(self, inputs: Tensor, state: Nest, run: Run) -> tuple[Tensor, Nest]:
-        """Runs a sequence in one call of the engine, if it has the activation."""
+        """Runs a sequence in one call of the engine, unless ``why_loop`` says why not."""
         activation = kernel_activation(self.activation)
-        if activation is None:
+        if activation is None or self.why_loop() is not None:
             return super().unroll(inputs, state, run)
-        projects = self.num_proj is not None
-        options = Options(
-            cell="lstm",
-            activation=activation,
-            cell_clip=self.cell_clip,
-            proj_clip=self.proj_clip if projects else None,
-        )
+        kernel, projection = self._weights()
+        bias, norm = self._shifts()
         c, h = split_state(state, self.num_units, self.state_is_tuple)
-        order = (0, 2, 1, 3)  # i, j, f, o to the engine's i, f, j, o
-        forget = self.bias.new_zeros(4, self.num_units)
-        forget[1] = self.forget_bias
         y, h, c = run_layer(
-            options,
+            Options(
+                cell="lstm",
+                activation=activation,
+                cell_clip=self.cell_clip,
+                proj_clip=None if projection is None else self.proj_clip,
+            ),
             run,
             inputs,
-            gate_rows(self.kernel, order),
-            gate_vector(self.bias, order) + forget.view(-1),
+            gate_rows(kernel, ENGINE_ORDER),
+            bias,
             h,
             c,
-            projection=self.projection_kernel.t() if projects else None,
+            projection=None if projection is None else projection.t(),
             peephole=torch.stack([self.w_i_diag, self.w_f_diag, self.w_o_diag])
             if self.use_peepholes
             else None,
+            norm=norm,
             masks=state_masks(run, self.num_units, self.state_is_tuple),
         )
         return y, join_state(c, h, self.state_is_tuple)
 
-    def paths(self) -> Iterator[tuple[int, str]]:
-        """Yields how a sequence runs."""
-        if kernel_activation(self.activation) is None:
-            yield 0, f"{self.describe()}: {no_kernel(self.activation)}"
-            return
-        extras = {
+    def why_loop(self) -> str | None:
+        """Returns why a sequence runs step by step; None if it does not."""
+        return why_no_kernel(self.activation)
+
+    def way(self) -> str:
+        """Returns how a sequence runs otherwise."""
+        projects = self.num_proj is not None
+        return "one op over the sequence, lstm" + listed({
             "peepholes": self.use_peepholes,
             "cell_clip": self.cell_clip is not None,
-            "projection": self.num_proj is not None,
-            "proj_clip": self.num_proj is not None and self.proj_clip is not None,
-        }
-        listed = ", ".join(name for name, there in extras.items() if there)
-        with_extras = f" with {listed}" if listed else ""
-        yield 0, f"{self.describe()}: one op over the sequence, lstm{with_extras}"
+            "projection": projects,
+            "proj_clip": projects and self.proj_clip is not None,
+        })  # fmt: skip
 
 
 class BasicLSTMCell(LSTMCell):
@@ -406,11 +445,13 @@ class GRUCell(RNNCell):
         y, h, _ = run_layer(options, run, inputs, weight, bias, state, masks=(run.masks, None))
         return y, h
 
-    def paths(self) -> Iterator[tuple[int, str]]:
-        """Yields how a sequence runs."""
-        fused = kernel_activation(self.activation) is not None
-        way = "one op over the sequence, gru with reset before the product"
-        yield 0, f"{self.describe()}: {way if fused else no_kernel(self.activation)}"
+    def why_loop(self) -> str | None:
+        """Returns why a sequence runs step by step; None if it does not."""
+        return why_no_kernel(self.activation)
+
+    def way(self) -> str:
+        """Returns how a sequence runs otherwise."""
+        return "one op over the sequence, gru with reset before the product"
 
 
 class MultiRNNCell(RNNCell):
@@ -468,11 +509,15 @@ class MultiRNNCell(RNNCell):
         """Returns the cells with their scopes cell_0/, cell_1/, ..."""
         return [(f"cell_{i}/", cell) for i, cell in enumerate(self.cells)]
 
-    def build_inner(self, size: int, dtype: torch.dtype | None, device: Any) -> None:
-        """Builds each cell for the output of the one before."""
+    def build_inner(self, inputs: Nest, dtype: torch.dtype | None, device: Any) -> None:
+        """Builds the first cell for the inputs and each other one for the output of the one before."""
         for cell in self.cells:
-            build_cell(cell, size, dtype, device)
-            size = cat_size(cell.output_size)
+            build_cell(cell, inputs, dtype, device)
+            inputs = cell.output_size
+
+    def input_size_of(self, inputs: Nest) -> int:
+        """Returns 0: the stack has no variables of its own."""
+        return 0
 
     def zero_state(
         self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
@@ -516,14 +561,17 @@ class MultiRNNCell(RNNCell):
             states.append(new)
         return inputs, self._join(states)
 
-    def paths(self) -> Iterator[tuple[int, str]]:
-        """Yields how a sequence runs."""
-        yield 0, f"MultiRNNCell of {len(self.cells)}: one cell after the other, each over the whole sequence"
-        for cell in self.cells:
-            yield from nested(cell)
+    def way(self) -> str:
+        """Returns how a sequence runs."""
+        return "one cell after the other, each over the whole sequence"
+
+    def describe(self) -> str:
+        """Returns the class with the number of cells."""
+        return f"{type(self).__name__} of {len(self.cells)}"
 
 
 def unroll_cell(cell: Any, inputs: Nest, state: Nest, run: Run) -> tuple[Nest, Nest]:
     """Runs any cell over a sequence, by its own ``unroll`` if it has one; see ``RNNCell.unroll``."""
-    way = cell.unroll if isinstance(cell, RNNCell) else None
-    return loop(cell, inputs, state, run) if way is None else way(inputs, state, run)
+    if isinstance(cell, RNNCell):
+        return cell.unroll(inputs, state, run)
+    return loop(cell, inputs, state, run)

@@ -7,18 +7,24 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from torchrnn.options import Options
 from torchrnn.rnn_cell.base import (
     Activation,
     Initializer,
     Nest,
     RNNCell,
+    Run,
     activation_of,
     join_state,
+    kernel_activation,
     linear,
     lstm_size,
     split_state,
+    why_no_kernel,
     zeros,
 )
+from torchrnn.rnn_cell.core import listed, state_masks
+from torchrnn.rnn_cell.engine import gate_rows, gate_vector, run_layer
 from torchrnn.rnn_cell.normalized import add_norms, layer_norm, norm_shapes
 
 SUMS = ("transform", "forget", "output")
@@ -151,3 +157,44 @@ class CoupledInputForgetGateLSTMCell(RNNCell):
             if self.proj_clip is not None:
                 h = h.clamp(-self.proj_clip, self.proj_clip)
         return h, join_state(c, h, self.state_is_tuple)
+
+    def unroll(self, inputs: Tensor, state: Nest, run: Run) -> tuple[Tensor, Nest]:
+        """Runs a sequence in one call of the engine, unless ``why_loop`` says why not."""
+        activation = kernel_activation(self.activation)
+        if activation is None or self.why_loop() is not None:
+            return super().unroll(inputs, state, run)
+        projects = self.num_proj is not None
+        order = (1, 0, 2)  # j, f, o to the engine's f, j, o
+        bias = gate_vector(self.B, order).view(3, -1)
+        c, h = split_state(state, self.num_units, self.state_is_tuple)
+        y, h, c = run_layer(
+            Options(
+                cell="lstm_coupled", activation=activation, proj_clip=self.proj_clip if projects else None
+            ),
+            run,
+            inputs,
+            gate_rows(self.W_0, order),
+            torch.cat([bias[:1] + self.forget_bias, bias[1:]]).view(-1),
+            h,
+            c,
+            projection=self.W_P_0.t() if projects else None,
+            # The engine has a row for the input gate too, and ignores it.
+            peephole=torch.stack([torch.zeros_like(self.W_F_diag), self.W_F_diag, self.W_O_diag])
+            if self.use_peepholes
+            else None,
+            masks=state_masks(run, self.num_units, self.state_is_tuple),
+        )
+        return y, join_state(c, h, self.state_is_tuple)
+
+    def why_loop(self) -> str | None:
+        """Returns why a sequence runs step by step; None if it does not."""
+        return "no kernel normalises coupled gates" if self.layer_norm else why_no_kernel(self.activation)
+
+    def way(self) -> str:
+        """Returns how a sequence runs otherwise."""
+        projects = self.num_proj is not None
+        return "one op over the sequence, coupled lstm" + listed({
+            "peepholes": self.use_peepholes,
+            "projection": projects,
+            "proj_clip": projects and self.proj_clip is not None,
+        })  # fmt: skip

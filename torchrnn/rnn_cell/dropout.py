@@ -88,9 +88,7 @@ class DropoutWrapper(SameInputWrapper):
                 "input_size must be provided"
             )
         self.variational_recurrent, self.per_sample = variational_recurrent, per_sample
-        if seed is not None and not isinstance(seed, torch.Generator):
-            seed = torch.Generator().manual_seed(seed)
-        self.generator = seed
+        self.generator = generator_of(seed)
         self.visitor = dropout_state_filter_visitor or drop_all_but_memory
         self.noise = {
             kind: [given] if isinstance(given, Tensor) else list(given)
@@ -154,11 +152,12 @@ class DropoutWrapper(SameInputWrapper):
                 shape = (value.size(0) if self.per_sample else 1, *value.shape[1:])
                 key = kind, i, shape
                 if key not in self._drawn:
-                    self._drawn[key] = self._draw(shape, value.device)
+                    self._drawn[key] = uniform(shape, self.generator, value.device)
                 noise = self._drawn[key]
             return noise if run is None else noise.unsqueeze(0)
         if noise is None:
-            return self._draw(value.shape if run is None else (steps, *value.shape), value.device)
+            shape = value.shape if run is None else (steps, *value.shape)
+            return uniform(shape, self.generator, value.device)
         needed = self._step + 1 if run is None else steps
         if noise.size(0) < needed:
             raise ValueError(
@@ -173,11 +172,6 @@ class DropoutWrapper(SameInputWrapper):
         if noise is None:
             raise ValueError(f"noise: tensor {i} of the {kind} is dropped, but there is no noise for it")
         return noise
-
-    def _draw(self, shape: Sequence[int], device: torch.device) -> Tensor:
-        # float32 whatever the dtype: the 8 bits of bfloat16 would round the probability.
-        where = device if self.generator is None else self.generator.device
-        return torch.rand(shape, generator=self.generator, dtype=torch.float32, device=where)
 
     def _drop(self, kind: str, nest: Nest, run: Run | None = None) -> Nest:
         """Returns tensors [B, ...] of one step, or [T, B, ...] of a run, times their factors."""
@@ -221,14 +215,28 @@ class DropoutWrapper(SameInputWrapper):
         return ", ".join(f"{name}={torch.as_tensor(getattr(self, name)).item():g}" for name in names)
 
     def way(self) -> str:
-        """Returns how the parts of the dropout run."""
-        kinds = [kind for kind in KINDS if _drops(getattr(self, f"{kind}_keep_prob"))]
+        """Returns how the parts of the dropout run in this mode."""
+        kinds = [kind for kind in KINDS if self.training and _drops(getattr(self, f"{kind}_keep_prob"))]
         ways = []
         if outer := " and ".join(kind for kind in kinds if kind != "state"):
             ways.append(f"{outer} of the whole sequence at once")
         if "state" in kinds:
             ways.append("the state by masks that the cell inside applies")
         return "drops " + (", ".join(ways) or "nothing")
+
+
+def generator_of(seed: int | torch.Generator | None) -> torch.Generator | None:
+    """Returns a generator, or a new one with a seed; None for torch's default generator."""
+    if seed is None or isinstance(seed, torch.Generator):
+        return seed
+    return torch.Generator().manual_seed(seed)
+
+
+def uniform(shape: Sequence[int], generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Draws numbers in [0, 1) where the generator is; returns them on a device."""
+    # float32 whatever the dtype: the 8 bits of bfloat16 would round the probability.
+    where = device if generator is None else generator.device
+    return torch.rand(shape, generator=generator, dtype=torch.float32, device=where).to(device)
 
 
 def drop_all_but_memory(state: Nest) -> Nest:

@@ -212,8 +212,8 @@ def _reversed(sequence: Nest, lengths: Tensor | Sequence[int] | None) -> Nest:
 
 def _reversed_rows(x: Tensor, lengths: Tensor | Sequence[int] | None) -> Tensor:
     steps, batch = x.shape[:2]
-    unroll._check_range(lengths, steps)
-    ends = unroll._lengths(lengths, steps, batch, x.device)
+    unroll.check_range(lengths, steps)
+    ends = unroll.row_lengths(lengths, steps, batch, x.device)
     if ends is None:
         return x.flip(0)
     time = torch.arange(steps, device=x.device)[:, None]

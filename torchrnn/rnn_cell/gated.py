@@ -1,4 +1,7 @@
-"""Gated cells of ``tf.contrib.rnn`` whose product with the input does not wait for the state."""
+"""Gated cells of ``tf.contrib.rnn`` whose product with the input does not wait for the state.
+
+One file for these small cells; half of it documents arguments.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,7 @@ from torchrnn.rnn_cell.base import (
     loop,
     lstm_size,
     split_state,
+    why_no_kernel,
 )
 from torchrnn.rnn_cell.engine import run_layer
 
@@ -37,7 +41,13 @@ class HoistedCell(RNNCell):
 
     num_units: int
     fused = ""
-    """What ``unroll`` does where ``why_loop`` is None, for ``paths``."""
+    """What ``unroll`` does where ``why_loop`` is None."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        is_split = cls.call is HoistedCell.call and cls.forward is RNNCell.forward
+        if is_split and cls._first_defined("unroll", "step", "project") != "unroll":
+            cls._run_as(HoistedCell)
 
     @property
     def state_size(self) -> Nest:
@@ -66,14 +76,18 @@ class HoistedCell(RNNCell):
         return loop(self.step, self.project(inputs), state, run)
 
     def why_loop(self) -> str | None:
-        """Returns why a sequence runs in the loop; None if it does not."""
+        """Returns why ``step`` runs in the loop; None if it does not."""
         return "no kernel has its recurrence"
+
+    def way(self) -> str:
+        """Returns how a sequence runs otherwise."""
+        return self.fused
 
     def paths(self) -> Iterator[tuple[int, str]]:
         """Yields how a sequence runs."""
         why = self.why_loop()
         hoisted = f"products with the input for all steps at once, the rest step by step; {why}"
-        yield 0, f"{self.describe()}: {self.fused if why is None else hoisted}"
+        yield 0, f"{self.describe()}: {self.way() if why is None else hoisted}"
 
 
 class NASCell(HoistedCell):
@@ -238,7 +252,7 @@ class UGRNNCell(HoistedCell):
 
     def why_loop(self) -> str | None:
         """Returns why a sequence runs in the loop; None if it does not."""
-        return "no kernel has its activation" if kernel_activation(self.activation) is None else None
+        return why_no_kernel(self.activation)
 
 
 class IntersectionRNNCell(HoistedCell):

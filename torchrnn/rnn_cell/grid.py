@@ -2,6 +2,8 @@
 
 Their inputs [B, I] are cut along I into pieces of ``feature_size`` that start every ``frequency_skip``
 features; letters besides: K pieces, S sides (frequency and time) with weights of their own, G gates.
+
+One file for all three, which share their pieces; more than a third of it documents arguments.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ class TimeFreqLSTMCell(RNNCell):
     The output [B, U*K] holds the m' of the K pieces, the state [B, 2*U*K] their c' and m' by turns, with
     K = (I - feature_size) // frequency_skip + 1. So the sizes are known once the cell is built: by ``build``
     or its first input. Before, they are those that TensorFlow declares, U and 2U, which are right for one
-    piece; a state of 2U columns is taken for that of the first piece, with zeros for the others.
+    piece.
 
     Args:
         num_units: U
@@ -132,15 +134,13 @@ class TimeFreqLSTMCell(RNNCell):
         pieces = inputs.unfold(-1, self.feature_size, self.frequency_skip)
         return pieces @ self.W_0[: self.feature_size] + self.B
 
-    def _whole(self, state: Tensor) -> Tensor:
-        """Returns a state [B, 2*U*K]; that of an unbuilt cell with zeros for the pieces after the first."""
-        missing = self.state_size - state.size(-1)
-        if missing not in (0, self.state_size - 2 * self.num_units):
+    def _checked(self, state: Tensor) -> Tensor:
+        if state.size(-1) != self.state_size:
             raise ValueError(
                 f"{self.name}: the state must be [B, {self.state_size}] for {self._pieces} pieces of "
                 f"{self.num_units} units, got {list(state.shape)}"
             )
-        return F.pad(state, (0, missing)) if missing else state
+        return state
 
     def _step(self, gates: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         parts = state.split(self.num_units, -1)
@@ -163,11 +163,11 @@ class TimeFreqLSTMCell(RNNCell):
 
     def call(self, inputs: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ``(the m' of all pieces, c' and m' of all pieces)``."""
-        return self._step(self._project(inputs), self._whole(state))
+        return self._step(self._project(inputs), self._checked(state))
 
     def unroll(self, inputs: Tensor, state: Tensor, run: Run) -> tuple[Nest, Nest]:
         """Runs a sequence: the products with the inputs over all steps at once, then the loop."""
-        return loop(self._step, self._project(inputs), self._whole(state), run)
+        return loop(self._step, self._project(inputs), self._checked(state), run)
 
     def paths(self) -> Iterator[tuple[int, str]]:
         """Yields how a sequence runs."""

@@ -20,7 +20,7 @@ from torchrnn.rnn_cell.base import (
     split_state,
     zeros,
 )
-from torchrnn.rnn_cell.core import state_masks
+from torchrnn.rnn_cell.core import ENGINE_ORDER, state_masks
 from torchrnn.rnn_cell.engine import gate_rows, run_layer
 from torchrnn.rnn_cell.gated import HoistedCell
 
@@ -158,7 +158,6 @@ class GLSTMCell(HoistedCell):
         """Runs a sequence in one call of the engine per group: without projection they are independent."""
         if self.why_loop() is not None:
             return super().unroll(inputs, state, run)
-        order = (0, 2, 1, 3)  # i, j, f, o to the engine's i, f, j, o
         bias = torch.stack([self.bias_i, self.bias_f + self.forget_bias, self.bias_j, self.bias_o])
         tensors = (inputs, bias, *split_state(state, self.num_units, True))
         none = (None,) * self.number_of_groups
@@ -168,7 +167,7 @@ class GLSTMCell(HoistedCell):
                 Options(cell="lstm"),
                 run,
                 x,
-                gate_rows(getattr(self, f"group{group}_kernel"), order),
+                gate_rows(getattr(self, f"group{group}_kernel"), ENGINE_ORDER),
                 b.reshape(-1),
                 h,
                 c,

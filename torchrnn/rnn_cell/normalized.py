@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchrnn.options import Options
 from torchrnn.rnn_cell.base import (
     Activation,
     Initializer,
-    LSTMStateTuple,
-    Nest,
     RNNCell,
-    Run,
     constant,
     glorot_uniform,
     ignore_input_size,
-    kernel_activation,
-    linear,
-    loop,
-    split_state,
 )
-from torchrnn.rnn_cell.core import LSTMCell, state_masks
-from torchrnn.rnn_cell.engine import gate_rows, gate_vector, run_layer
-
-SUMS = ("input", "transform", "forget", "output")
-"""The scopes of the layer norms of i, j, f and o."""
-
+from torchrnn.rnn_cell.core import ENGINE_ORDER, SUMS, LSTMCell, forget_rows
+from torchrnn.rnn_cell.dropout import generator_of, uniform
 
 # Layer normalisation --------------------------------------------------------------------------------------
 
@@ -63,106 +51,32 @@ def layer_norm(cell: RNNCell, scope: str, x: Tensor, norm_eps: float | None) -> 
 
 
 class _NormalisedLSTMCell(LSTMCell):
-    """``LSTMCell`` with layer norms and places for what a subclass does to weights and candidate."""
+    """``LSTMCell`` with layer norms of its sums and of c', if they are asked for."""
 
     layer_norm = False
     norm_eps: float | None = None
 
-    def weights(self) -> tuple[Tensor, Tensor | None]:
-        """Returns the kernel and the projection as they are applied."""
-        return self.kernel, None if self.num_proj is None else self.projection_kernel
-
-    def candidate(self, j: Tensor) -> Tensor:
-        """Returns what enters the memory through the input gate."""
-        return self.activation(j)
-
-    def drops(self) -> bool:
-        """Whether ``candidate`` draws masks, which the engine does not."""
-        return False
+    def _bias(self) -> Tensor | None:
+        return None if self.layer_norm else self.bias
 
     def _norm(self, scope: str, x: Tensor) -> Tensor:
         return layer_norm(self, scope, x, self.norm_eps) if self.layer_norm else x
+
+    def _shifts(self) -> tuple[Tensor | None, tuple[Tensor, Tensor, float] | None]:
+        if not self.layer_norm:
+            return super()._shifts()
+        scopes = [*(SUMS[k] for k in ENGINE_ORDER), "state"]
+        gain, shift = (torch.stack([getattr(self, f"{s}_{v}") for s in scopes]) for v in ("gamma", "beta"))
+        return None, (gain, shift + forget_rows(shift, self.forget_bias), epsilon(self.norm_eps, gain.dtype))
 
     def variable_shapes(self, input_size: int) -> Mapping[str, tuple[int, ...]]:
         """Returns the shapes for I inputs."""
         norms = norm_shapes((*SUMS, "state"), self.num_units) if self.layer_norm else {}
         return {**super().variable_shapes(input_size), **norms}
 
-    def call(self, inputs: Tensor, state: Nest) -> tuple[Tensor, Nest]:
-        """Returns ``(h', (c', h'))``."""
-        kernel, projection = self.weights()
-        c, h = split_state(state, self.num_units, True)
-        sums = linear([inputs, h], kernel, None if self.layer_norm else self.bias).chunk(4, -1)
-        i, j, f, o = map(self._norm, SUMS, sums)
-        if self.use_peepholes:
-            i, f = i + self.w_i_diag * c, f + self.w_f_diag * c
-        c = torch.sigmoid(f + self.forget_bias) * c + torch.sigmoid(i) * self.candidate(j)
-        c = self._norm("state", c)
-        if self.cell_clip is not None:
-            c = c.clamp(-self.cell_clip, self.cell_clip)
-        if self.use_peepholes:
-            o = o + self.w_o_diag * c
-        h = torch.sigmoid(o) * self.activation(c)
-        if projection is not None:
-            h = h @ projection
-            if self.proj_clip is not None:
-                h = h.clamp(-self.proj_clip, self.proj_clip)
-        return h, LSTMStateTuple(c, h)
-
-    def unroll(self, inputs: Tensor, state: Nest, run: Run) -> tuple[Tensor, Nest]:
-        """Runs a sequence in one call of the engine, if it has the activation and nothing is dropped."""
-        activation = kernel_activation(self.activation)
-        if activation is None or self.drops():
-            return loop(self, inputs, state, run)
-        kernel, projection = self.weights()
-        options = Options(
-            cell="lstm",
-            activation=activation,
-            cell_clip=self.cell_clip,
-            proj_clip=None if projection is None else self.proj_clip,
-            norm_eps=epsilon(self.norm_eps, kernel.dtype),
-        )
-        order = (0, 2, 1, 3)  # i, j, f, o to the engine's i, f, j, o
-        forget = kernel.new_zeros(5, 1)
-        forget[1] = self.forget_bias
-        bias, norm = None, None
-        if self.layer_norm:
-            scopes = [*(SUMS[k] for k in order), "state"]
-            gain, shift = (
-                torch.stack([getattr(self, f"{s}_{v}") for s in scopes]) for v in ("gamma", "beta")
-            )
-            norm = gain, shift + forget
-        else:
-            bias = (gate_vector(self.bias, order).view(4, -1) + forget[:4]).view(-1)
-        c, h = split_state(state, self.num_units, True)
-        y, h, c = run_layer(
-            options,
-            run,
-            inputs,
-            gate_rows(kernel, order),
-            bias,
-            h,
-            c,
-            projection=None if projection is None else projection.t(),
-            peephole=torch.stack([self.w_i_diag, self.w_f_diag, self.w_o_diag])
-            if self.use_peepholes
-            else None,
-            norm=norm,
-            masks=state_masks(run, self.num_units, True),
-        )
-        return y, LSTMStateTuple(c, h)
-
-    def paths(self) -> Iterator[tuple[int, str]]:
-        """Yields how a sequence runs."""
-        if self.drops():
-            yield (
-                0,
-                f"{self.describe()}: generic loop, step by step; dropout acts inside each step in training",
-            )
-            return
-        norm = ", layer-normalised" if self.layer_norm and kernel_activation(self.activation) else ""
-        for depth, text in super().paths():
-            yield depth, text + norm
+    def way(self) -> str:
+        """Returns how a sequence runs, unless step by step."""
+        return super().way() + (", layer-normalised" if self.layer_norm else "")
 
 
 class LayerNormBasicLSTMCell(_NormalisedLSTMCell):
@@ -183,8 +97,7 @@ class LayerNormBasicLSTMCell(_NormalisedLSTMCell):
         norm_shift: What the shifts start at.
         dropout_keep_prob: Probability, more than 0, with which an entry of the candidate is kept, in training
             mode; a mask is drawn for every step.
-        dropout_prob_seed: None for torch's generator of the device; a generator on the device of the inputs;
-            or a number that seeds one.
+        dropout_prob_seed: A ``torch.Generator``, or an int for a new one; None for torch's default generator.
         reuse: Ignored.
         norm_eps: Added to the variance; None for TensorFlow's 1e-12, in float16 1e-3.
         noise: Replays a run: ``{"g": u}`` with numbers u [T, B, U] in [0, 1) for the steps in the order in
@@ -228,8 +141,7 @@ class LayerNormBasicLSTMCell(_NormalisedLSTMCell):
             raise ValueError(f"{self.name}: noise must have the one key 'g', got {list(noise)}")
         self.layer_norm, self.norm_eps = layer_norm, norm_eps
         self.dropout_keep_prob, self.noise = dropout_keep_prob, noise
-        self.dropout_prob_seed = dropout_prob_seed
-        self._generator = dropout_prob_seed if isinstance(dropout_prob_seed, torch.Generator) else None
+        self.generator = generator_of(dropout_prob_seed)
         self._step = 0
         if layer_norm:
             self.register_parameter("bias", None)
@@ -248,14 +160,13 @@ class LayerNormBasicLSTMCell(_NormalisedLSTMCell):
         """Starts ``noise`` from its first step."""
         self._step = 0
 
-    def drops(self) -> bool:
-        """Whether dropout is active."""
+    @property
+    def _drops(self) -> bool:
         return self.training and self.dropout_keep_prob < 1
 
-    def candidate(self, j: Tensor) -> Tensor:
-        """Returns act(j), in training with dropout."""
-        g = self.activation(j)
-        if not self.drops():
+    def _candidate(self, j: Tensor) -> Tensor:
+        g = super()._candidate(j)
+        if not self._drops:
             return g
         keep = self._noise(g) >= 1 - self.dropout_keep_prob
         return torch.where(keep, g / self.dropout_keep_prob, 0)
@@ -263,8 +174,7 @@ class LayerNormBasicLSTMCell(_NormalisedLSTMCell):
     def _noise(self, g: Tensor) -> Tensor:
         """Returns numbers [B, U] in [0, 1) for the next step."""
         if self.noise is None:
-            dtype = torch.promote_types(g.dtype, torch.float32)
-            return torch.rand(g.shape, generator=self._generator_on(g.device), dtype=dtype, device=g.device)
+            return uniform(g.shape, self.generator, g.device)
         noise, t = self.noise["g"], self._step
         if noise.shape[1:] != g.shape or t >= noise.size(0):
             raise ValueError(
@@ -274,13 +184,9 @@ class LayerNormBasicLSTMCell(_NormalisedLSTMCell):
         self._step += 1
         return noise[t].to(g.device)
 
-    def _generator_on(self, device: torch.device) -> torch.Generator | None:
-        """Returns the generator; from a number, one that continues as long as the device stays the same."""
-        if isinstance(self.dropout_prob_seed, int) and (
-            self._generator is None or self._generator.device != device
-        ):
-            self._generator = torch.Generator(device).manual_seed(self.dropout_prob_seed)
-        return self._generator
+    def why_loop(self) -> str | None:
+        """Returns why a sequence runs step by step; None if it does not."""
+        return "dropout acts inside each step in training" if self._drops else super().why_loop()
 
 
 class LayerNormLSTMCell(_NormalisedLSTMCell):
@@ -351,7 +257,7 @@ class LayerNormLSTMCell(_NormalisedLSTMCell):
             add_norms(self, (*SUMS, "state"), norm_gain, norm_shift)
 
 
-class WeightNormLSTMCell(_NormalisedLSTMCell):
+class WeightNormLSTMCell(LSTMCell):
     """``LSTMCell`` with weight normalisation (Salimans & Kingma 2016, arXiv:1602.07868).
 
     The rows of kernel for x and those for h are normalised on their own: each column w becomes
@@ -426,9 +332,8 @@ class WeightNormLSTMCell(_NormalisedLSTMCell):
                 shapes["projection/norm_0"] = (self.num_proj,)
         return shapes
 
-    def weights(self) -> tuple[Tensor, Tensor | None]:
-        """Returns the normalised kernel and projection."""
-        kernel, projection = super().weights()
+    def _weights(self) -> tuple[Tensor, Tensor | None]:
+        kernel, projection = super()._weights()
         if not self.norm:
             return kernel, projection
         of_x, of_h = kernel.split([kernel.size(0) - self.output_size, self.output_size])
@@ -437,11 +342,9 @@ class WeightNormLSTMCell(_NormalisedLSTMCell):
             projection = _unit_columns(projection) * self.projection_norm_0
         return kernel, projection
 
-    def paths(self) -> Iterator[tuple[int, str]]:
-        """Yields how a sequence runs."""
-        once = self.norm and kernel_activation(self.activation)
-        for depth, text in super().paths():
-            yield depth, text + (", weights normalised once before it" if once else "")
+    def way(self) -> str:
+        """Returns how a sequence runs, unless step by step."""
+        return super().way() + (", weights normalised once before it" if self.norm else "")
 
 
 def _unit_columns(w: Tensor) -> Tensor:

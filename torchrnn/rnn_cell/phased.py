@@ -125,9 +125,9 @@ class PhasedLSTMCell(HoistedCell):
             "ratio_on": (units,),
         }
 
-    def build_for(self, inputs: Nest) -> None:
-        """Builds the cell for a pair of time [..., 1] and x [..., I]."""
-        super().build_for(_pair(inputs, self.name)[1])
+    def input_size_of(self, inputs: Nest) -> int:
+        """Returns I of a pair of time [..., 1] and x [..., I]."""
+        return super().input_size_of(_pair(inputs, self.name)[1])
 
     def check_inputs(self, inputs: Nest) -> None:
         """Raises ValueError unless the inputs are a pair of time [B, 1] and x [B, I] of floating dtypes."""

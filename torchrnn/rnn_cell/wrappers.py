@@ -1,12 +1,14 @@
 """Cells around a cell: residual and highway connections, projections, an embedding, a device.
 
 Over a sequence a wrapper does its own work for all steps at once, and the cell inside runs in its own way.
+
+One file for all small wrappers, which share their bases; more than half of it documents arguments.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +30,8 @@ from torchrnn.rnn_cell.base import (
     constant,
     ignore_input_size,
     linear,
-    nested,
+    to_device,
+    zero_state_of,
 )
 from torchrnn.rnn_cell.core import unroll_cell
 
@@ -69,18 +72,7 @@ class Wrapper(RNNCell):
     ) -> Nest:
         """Returns that of the cell inside, and starts a new sequence."""
         self.start_sequence()
-        if isinstance(self.cell, RNNCell):
-            return self.cell.zero_state(batch_size, dtype, device)
-        if hasattr(self.cell, "zero_state"):
-            state = self.cell.zero_state(batch_size, dtype)
-        else:
-            state = self.cell.get_initial_state(inputs=None, batch_size=batch_size, dtype=dtype)
-        return _to(state, device)
-
-    def paths(self) -> Iterator[tuple[int, str]]:
-        """Yields how a sequence runs."""
-        yield 0, f"{self.describe()}: {self.way()}"
-        yield from nested(self.cell)
+        return zero_state_of(self.cell, batch_size, dtype, device)
 
     def way(self) -> str:
         """Returns how the wrapper's own part of a sequence runs."""
@@ -93,10 +85,9 @@ class SameInputWrapper(Wrapper):
     def check_inputs(self, inputs: Nest) -> None:
         """Leaves the check to the cell inside."""
 
-    def build_for(self, inputs: Nest) -> None:
-        """Lets the cell inside build its variables."""
-        if isinstance(self.cell, RNNCell):
-            self.cell.build_for(inputs)
+    def input_size_of(self, inputs: Nest) -> int:
+        """Returns 0: no variable of the wrapper depends on the inputs."""
+        return 0
 
 
 class ResidualWrapper(SameInputWrapper):
@@ -256,7 +247,7 @@ class InputProjectionWrapper(Wrapper):
         """Returns the shapes for I inputs."""
         return {"kernel": (input_size, self.num_proj), "bias": (self.num_proj,)}
 
-    def build_inner(self, size: int, dtype: torch.dtype | None, device: Any) -> None:
+    def build_inner(self, inputs: Nest, dtype: torch.dtype | None, device: Any) -> None:
         """Builds the cell inside for the projection."""
         build_cell(self.cell, self.num_proj, dtype, device)
 
@@ -277,20 +268,7 @@ class InputProjectionWrapper(Wrapper):
         return "projects the whole sequence at once"
 
 
-class BuiltWithStateWrapper(Wrapper):
-    """The base of the wrappers whose variables have the dtype of the state, as inputs may be integers."""
-
-    def initialize_parameters(self, inputs: Nest, *args: Any, **kwargs: Any) -> None:
-        """Builds the wrapper for its first call; called by torch before it."""
-        self.build_with(args[0] if args else kwargs["state"], inputs)
-
-    def build_with(self, state: Nest, inputs: Nest) -> None:
-        """Builds the wrapper's own variables in the dtype of the state; of the inputs if there is none."""
-        first = next(v for v in pytree.tree_leaves((state, inputs)) if v.is_floating_point())
-        self.build_own(1, first.dtype, first.device)  # No shape depends on the input.
-
-
-class OutputProjectionWrapper(SameInputWrapper, BuiltWithStateWrapper):
+class OutputProjectionWrapper(SameInputWrapper):
     """Projects the output: act(cell(x) @ kernel + bias). The state is that of the cell inside.
 
     Args:
@@ -345,7 +323,6 @@ class OutputProjectionWrapper(SameInputWrapper, BuiltWithStateWrapper):
 
     def unroll(self, inputs: Nest, state: Nest, run: Run) -> tuple[Tensor, Nest]:
         """Runs the cell inside, then projects all steps."""
-        self.build_with(state, inputs)
         outputs, state = unroll_cell(self.cell, inputs, state, run)
         return self._project(outputs), state
 
@@ -354,7 +331,7 @@ class OutputProjectionWrapper(SameInputWrapper, BuiltWithStateWrapper):
         return "projects the whole sequence at once"
 
 
-class EmbeddingWrapper(BuiltWithStateWrapper):
+class EmbeddingWrapper(Wrapper):
     """Looks the inputs up in a table: cell(embedding[ids]).
 
     Inputs of a step are integers [B] or [B, 1]; ``dynamic_rnn`` takes [B, T, 1].
@@ -397,17 +374,13 @@ class EmbeddingWrapper(BuiltWithStateWrapper):
         """Returns the shape of the table, which no input matters to."""
         return {"embedding": (self.embedding_classes, self.embedding_size)}
 
-    def build_for(self, inputs: Tensor) -> None:
-        """Checks that the inputs are integers; the variables wait for the state."""
+    def input_size_of(self, inputs: Tensor) -> int:
+        """Returns 0, as no shape depends on the inputs; TypeError if they are not integers."""
         if inputs.is_floating_point() or inputs.is_complex() or inputs.dtype == torch.bool:
             raise TypeError(f"{self.name}: ids must be integers, got {inputs.dtype}")
+        return 0
 
-    def build_with(self, state: Nest, inputs: Nest) -> None:
-        """Builds the table and the cell inside in the dtype of the state."""
-        super().build_with(state, inputs)
-        self.build_inner(1, self.embedding.dtype, self.embedding.device)
-
-    def build_inner(self, size: int, dtype: torch.dtype | None, device: Any) -> None:
+    def build_inner(self, inputs: Nest, dtype: torch.dtype | None, device: Any) -> None:
         """Builds the cell inside for rows of the table."""
         build_cell(self.cell, self.embedding_size, dtype, device)
 
@@ -433,7 +406,6 @@ class EmbeddingWrapper(BuiltWithStateWrapper):
 
     def unroll(self, inputs: Tensor, state: Nest, run: Run) -> tuple[Nest, Nest]:
         """Looks all steps up, then runs the cell inside."""
-        self.build_with(state, inputs)
         return unroll_cell(self.cell, self._look_up(inputs, 2), state, run)
 
     def way(self) -> str:
@@ -460,35 +432,26 @@ class DeviceWrapper(SameInputWrapper):
         super().__init__(cell)
         self.device = torch.device(device)
 
-    def build_for(self, inputs: Nest) -> None:
-        """Lets the cell inside build its variables on the device."""
-        super().build_for(_to(inputs, self.device))
-
-    def build_inner(self, size: int, dtype: torch.dtype | None, device: Any) -> None:
+    def build_inner(self, inputs: Nest, dtype: torch.dtype | None, device: Any) -> None:
         """Builds the cell inside on the device."""
-        build_cell(self.cell, size, dtype, self.device)
+        build_cell(self.cell, to_device(inputs, self.device), dtype, self.device)
 
     def call(self, inputs: Nest, state: Nest) -> tuple[Nest, Nest]:
         """Returns what the cell inside does."""
-        x, state = _to((inputs, state), self.device)
+        x, state = to_device((inputs, state), self.device)
         return self._back(self.cell(x, state), inputs)
 
     def unroll(self, inputs: Nest, state: Nest, run: Run) -> tuple[Nest, Nest]:
         """Runs the cell inside on the device."""
-        x, state = _to((inputs, state), self.device)
-        lengths, masks = _to((run.lengths, run.masks), self.device)
+        x, state = to_device((inputs, state), self.device)
+        lengths, masks = to_device((run.lengths, run.masks), self.device)
         results = unroll_cell(self.cell, x, state, replace(run, lengths=lengths, masks=masks))
         return self._back(results, inputs)
 
     def _back(self, results: tuple[Nest, Nest], inputs: Nest) -> tuple[Nest, Nest]:
-        output, state = _to(results, pytree.tree_leaves(inputs)[0].device)
+        output, state = to_device(results, pytree.tree_leaves(inputs)[0].device)
         return output, state
 
     def way(self) -> str:
         """Returns where the cell inside runs."""
         return f"the cell inside over the whole sequence on {self.device}"
-
-
-def _to(nest: Nest, device: torch.device | str | None) -> Nest:
-    """Returns a nest with its tensors on a device; as it is for None."""
-    return pytree.tree_map(lambda v: v.to(device) if isinstance(v, Tensor) and device else v, nest)
