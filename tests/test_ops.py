@@ -161,7 +161,7 @@ def test_ops_keep_the_dispatchers_contract(
     steps, directions, projection = (2, 1, 5) if variations else (4, 2, 0)
     extras = {"lengths": torch.tensor([2, 0, steps]), "resets": torch.rand(steps, 3) < 0.3}
     a = arguments(cell, (steps, 3, 5, 7), directions, projection, dtype, requires_grad, **extras)
-    a, options = _vary(a, *variations)
+    a, options = vary(a, *variations)
     call = flat(a, Options(**{**vars(options), "cell": cell}))
     if not requires_grad:
         torch.library.opcheck(torch.ops.torchrnn.layer_infer.default, (*call, True))
@@ -182,7 +182,7 @@ def test_ops_keep_the_dispatchers_contract(
 def test_no_slot_is_ignored(path: str, variation: str) -> None:
     a = arguments("lstm", projection=4 if variation == "proj_clip" else 0)
     plain = ops.layer(a, Options(proj_clip=None), True)
-    varied, options = _vary(a, variation)
+    varied, options = vary(a, variation)
     outputs = ops.layer(varied, options, True)
     assert not torch.allclose(plain[0], outputs[0]) or not torch.allclose(plain[3], outputs[3])
     expected = reference.layer(varied, options, True)
@@ -190,7 +190,7 @@ def test_no_slot_is_ignored(path: str, variation: str) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
-def _vary(a: Arguments, *variations: str) -> tuple[Arguments, Options]:
+def vary(a: Arguments, *variations: str) -> tuple[Arguments, Options]:
     steps, batch, _ = a.x.shape
     directions, outputs = len(a.weight_hh), a.weight_hh[0].size(1)
     hidden = a.weight_hr[0].size(1) if a.weight_hr else outputs
@@ -248,7 +248,7 @@ def test_variations_match_reference(
     a = arguments(cell, (steps, batch, 3, 17), 2 if form == "both ways" else 1, projection)
     if form in ("ragged", "both ways"):
         a = a._replace(lengths=torch.randint(0, steps + 1, (batch,)), resets=torch.rand(steps, batch) < 0.3)
-    a, options = _vary(a, *variations, *(["proj_clip"] if projection else []))
+    a, options = vary(a, *variations, *(["proj_clip"] if projection else []))
     options = Options(**{**vars(options), "cell": cell, "reverse": form == "reverse"})
     exact = results(a, options, reference.layer)
     for ours, theirs in zip(results(a, options, ops.layer), exact, strict=True):
@@ -265,7 +265,7 @@ def test_variations_match_reference(
 def test_variations_do_not_depend_on_the_team(path: str) -> None:
     # 130 units and 40 rows are shared out by rows or units; the sums are the same to the bit.
     a = arguments("lstm", (5, 40, 8, 130), 1, 50, lengths=torch.randint(0, 6, (40,)))
-    a, options = _vary(a, "mask_h", "mask_c", "peephole", "cell_clip", "proj_clip")
+    a, options = vary(a, "mask_h", "mask_c", "peephole", "cell_clip", "proj_clip")
     many = results(a, options, ops.layer)
     with one_thread():
         for ours, theirs in zip(many, results(a, options, ops.layer), strict=True):
@@ -292,7 +292,7 @@ def test_a_gradient_passes_a_clip_at_its_bound(path: str) -> None:
 @pytest.mark.parametrize("variation", ["zoneout_h", "zoneout_c"])
 def test_kernels_refuse_what_they_do_not_serve(variation: str) -> None:
     a = arguments("lstm", projection=4 if variation == "proj_clip" else 0, requires_grad=False)
-    a, options = _vary(a, variation)
+    a, options = vary(a, variation)
     with pytest.raises(RuntimeError, match="no CPU kernel serves"):
         torch.ops.torchrnn.layer_infer(*flat(a, options), False)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import trio
-from test_ops import arguments
+from test_ops import arguments, vary
 from torch import Tensor
 
 import torchrnn
@@ -50,6 +50,16 @@ def test_results_and_gradients_are_those_of_the_plain_layer(
         resets=torch.rand(11, 3) < 0.3 if resets else None,
     )
     for plain, again in zip(*both(a, Options(cell, reverse=directions < 0)), strict=True):
+        torch.testing.assert_close(again, plain)
+
+
+@pytest.mark.parametrize(
+    "variation",
+    ["peephole", "sigmoid", "norm", "cell_clip", "proj_clip", "mask_h", "mask_c once", "zoneout_h"],
+)
+def test_no_variation_is_lost(variation: str) -> None:
+    a, options = vary(arguments("lstm", (11, 3, 5, 4), 1, 3 if variation == "proj_clip" else 0), variation)
+    for plain, again in zip(*both(a, options), strict=True):
         torch.testing.assert_close(again, plain)
 
 

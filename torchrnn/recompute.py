@@ -32,7 +32,9 @@ def layer(
     if not torch.is_grad_enabled() or transformed() or torch.compiler.is_compiling():
         return ops.layer(a, options, packed=packed)
     a = ops.checked(a, options)
-    if ops.reference_only(a, options) or not ops.requires_grad(a):
+    # Of the variations only peepholes and activations are known below.
+    varied = a.norm_gain or a[13:] != (None,) * 4 or (options.cell_clip, options.proj_clip) != (None, None)
+    if varied or ops.reference_only(a, options) or not ops.requires_grad(a):
         return ops.layer(a, options)
     variables = ops.differentiable(a)
     apply = _Recomputed.apply  # torch leaves it without annotations.
@@ -136,7 +138,7 @@ class _Direction:
         a, found = self.a, []
         states = [(y, a.weight_hh[0].size(1), a.h0)]
         if CELLS[self.options.cell].memory:
-            states.append((c_all, a.weight_hh[0].size(0) // 4, a.c0))
+            states.append((c_all, a.weight_hh[0].size(0) // CELLS[self.options.cell].gates, a.c0))
         for begin, end in self.chunks:
             # The step before the chunk, in the order of this direction.
             before = end if self.reverse else begin - 1
