@@ -143,9 +143,11 @@ class DropoutWrapper(SameInputWrapper):
         noise = self._uniform(kind, i, value, run, steps).to(value.device)
         if isinstance(keep, Tensor):
             keep = keep.to(value.device, torch.float32)
-        return (noise >= 1 - keep).to(value.dtype) / keep
+        # In place: each pass over a whole sequence's noise that allocates costs as much as drawing it.
+        return noise.ge_(1 - keep).to(value.dtype).div_(keep)
 
     def _uniform(self, kind: str, i: int, value: Tensor, run: Run | None, steps: int) -> Tensor:
+        """Returns numbers in [0, 1) that the caller may overwrite, shaped as ``_factors`` says."""
         noise = self._given(kind, i)
         if self.variational_recurrent:
             if noise is None:
@@ -154,7 +156,7 @@ class DropoutWrapper(SameInputWrapper):
                 if key not in self._drawn:
                     self._drawn[key] = uniform(shape, self.generator, value.device)
                 noise = self._drawn[key]
-            return noise if run is None else noise.unsqueeze(0)
+            return noise.clone() if run is None else noise.unsqueeze(0).clone()
         if noise is None:
             shape = value.shape if run is None else (steps, *value.shape)
             return uniform(shape, self.generator, value.device)
@@ -163,7 +165,7 @@ class DropoutWrapper(SameInputWrapper):
             raise ValueError(
                 f"noise: {kind} must have an entry for each of {needed} steps, got {noise.size(0)}"
             )
-        return noise[self._step] if run is None else _by_time(noise, run, steps)
+        return (noise[self._step] if run is None else _by_time(noise, run, steps)).clone()
 
     def _given(self, kind: str, i: int) -> Tensor | None:
         if kind not in self.noise:
