@@ -41,7 +41,7 @@ examples: $(VENV)/.with-demo build/.extension ## Train small models as they were
 # Twice: with the kernels, and without them, so that every op takes its fallback.
 FALLBACK_TESTS := $(addprefix tests/test_,$(addsuffix .py,parity ops native modules sequences cells errors convert scan))
 
-test: $(VENV)/.with-test build/.extension ## Run the tests (under five minutes); ARGS goes to pytest.
+test: $(VENV)/.with-test build/.extension ## Run the tests (about seven minutes on two cores); ARGS goes to pytest.
 	@$(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
 	@TORCHRNN_PURE=1 $(BIN)/python -m pytest -q -n $(JOBS) $(FALLBACK_TESTS) $(ARGS)
 

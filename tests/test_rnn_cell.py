@@ -584,3 +584,12 @@ def test_the_padded_batch_of_a_textbook(way: str) -> None:
     assert not outputs[1, 1].any()
     last = outputs[torch.arange(4), lengths - 1]
     torch.testing.assert_close(state, last, rtol=0, atol=0)
+
+
+def test_a_cell_made_and_called_in_inference_mode_can_be_trained_later() -> None:
+    with torch.inference_mode():
+        cell = LSTMCell(4)
+        torchrnn.dynamic_rnn(cell, torch.randn(2, 3, 5), dtype=torch.float32)
+    outputs, _ = torchrnn.dynamic_rnn(cell, torch.randn(2, 3, 5), dtype=torch.float32)
+    outputs.sum().backward()
+    assert cell.kernel.grad.any()

@@ -910,3 +910,21 @@ def test_vmap_over_a_sequence_of_a_loop() -> None:
         outputs, _ = torch.func.vmap(lambda each: run(cell, each))(x)
         expected, _ = run(cell, x.flatten(0, 1))
     torch.testing.assert_close(outputs.flatten(0, 1), expected)
+
+
+@pytest.mark.parametrize("lengths", [None, [2, 0, 6, 3]], ids=["full", "lengths"])
+def test_a_model_exports_with_any_number_of_steps(lengths: list[int] | None) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = rnn_cell.MultiRNNCell([rnn_cell.LSTMCell(7), rnn_cell.GRUCell(3)])
+            self.cell.build(5)
+
+        def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+            return torchrnn.dynamic_rnn(self.cell, x, lengths, dtype=x.dtype)[0]
+
+    model, given = Model(), None if lengths is None else torch.tensor(lengths)
+    steps = {"x": {1: torch.export.Dim("steps", min=2, max=50)}, "lengths": None}
+    program = torch.export.export(model, (torch.randn(4, 6, 5), given), dynamic_shapes=steps)
+    x = torch.randn(4, 9, 5)
+    torch.testing.assert_close(program.module()(x, given), model(x, given))

@@ -430,7 +430,7 @@ def _time_major(inputs: Nest, time_major: bool) -> Nest:
             raise ValueError(f"Shape {tuple(leaf.shape)} must have rank at least 3")
     if not leaves:
         raise ValueError("inputs must hold a tensor, got none")
-    if len({leaf.shape[:2] for leaf in leaves}) > 1:
+    if any(leaf.shape[:2] != leaves[0].shape[:2] for leaf in leaves[1:]):  # Symbolic sizes have no hash.
         raise ValueError(
             f"Time steps or batch size are not the same for all the elements: {describe(inputs)}"
         )

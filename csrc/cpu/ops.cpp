@@ -194,7 +194,7 @@ constexpr int64_t kHeader = 16;
 template <typename T>
 void packed_header(const LayerParams<T>& p, T (&header)[kHeader]) {
   const int64_t values[kHeader] = {active_isa.load(), int64_t(p.cell), p.directions, p.inputs,
-                                   p.hidden,  p.outputs,       p.projected};
+                                   p.hidden,          p.outputs,       p.projected};
   for (int64_t i = 0; i < kHeader; ++i) header[i] = T(values[i]);
 }
 

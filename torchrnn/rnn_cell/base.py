@@ -319,7 +319,10 @@ class RNNCell(LazyModuleMixin, nn.Module):
         self._variables[attribute] = (name, initializer)
         # torch declares its class without arguments, and not as a Parameter.
         make: Any = UninitializedParameter
-        self.register_parameter(attribute, make(dtype=self._dtype))
+        with torch.inference_mode(
+            False
+        ):  # Made in inference mode, it could not be trained, nor be filled here.
+            self.register_parameter(attribute, make(dtype=self._dtype))
 
     @property
     def built(self) -> bool:
