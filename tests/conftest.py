@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import torchrnn
-from torchrnn import _native, ops
+from torchrnn import _native, ops, scan
 
 SEED = 20240229
 
@@ -45,7 +45,8 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     """Runs the test on the plain-torch reference and on the kernels of every instruction set."""
     if request.param in ("reference", "fallback"):
         if request.param == "reference":
-            monkeypatch.setattr(ops, "reference_only", lambda *_: True)
+            for module in (ops, scan):
+                monkeypatch.setattr(module, "reference_only", lambda *_: True)
         with one_thread():
             yield request.param
         return

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PATHS, assert_close_to_f64, doubled, gradients, nudged, one_thread
+from conftest import assert_close_to_f64, doubled, gradients, nudged, one_thread
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from torchrnn import _native
-from torchrnn import scan as module
 from torchrnn.scan import CELLS, scan
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -27,21 +26,6 @@ SIZES = ((5, 3, 7), (2, 1, 33), (1, 3, 1), (4, 2, 130), (3, 5, 16))
 ODD_SIZES = ((19, 33, 7), (19, 1, 33), (2, 33, 130), (1, 1, 1), (2, 3, 0), (2, 0, 3), (3, 2, 2500))
 
 needs_kernels = pytest.mark.skipif(_native.WHY_NOT is not None, reason="needs the kernels")
-
-
-@pytest.fixture(params=PATHS)
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Runs the test on the plain-torch reference and on the kernels of every instruction set."""
-    if request.param in ("reference", "fallback"):
-        if request.param == "reference":
-            monkeypatch.setattr(module, "reference_only", lambda *_: True)
-        with one_thread():
-            yield request.param
-        return
-    if request.param not in _native.isas():
-        pytest.skip(f"{request.param}: this machine cannot run it")
-    with _native.use_isa(request.param):
-        yield request.param
 
 
 def step(cell: str, act: Callable[[Tensor], Tensor], wx: Tensor, u: Any, h: Any, c: Any) -> tuple[Any, Any]:

@@ -285,13 +285,19 @@ class RNNCell(LazyModuleMixin, nn.Module):
 
     @property
     def state_size(self) -> Nest:
-        """The sizes of the state without the batch: a nest of ints and ``torch.Size``."""
-        raise NotImplementedError(f"{type(self).__name__} must define state_size")
+        """The sizes of the state without the batch, by default ``num_units``: ints and ``torch.Size``."""
+        return self._units("state_size")
 
     @property
     def output_size(self) -> Nest:
-        """The sizes of the output without the batch: a nest of ints and ``torch.Size``."""
-        raise NotImplementedError(f"{type(self).__name__} must define output_size")
+        """The sizes of the output without the batch, likewise."""
+        return self._units("output_size")
+
+    def _units(self, name: str) -> int:
+        units: int | None = self.__dict__.get("num_units")
+        if units is None:
+            raise NotImplementedError(f"{type(self).__name__} must define {name}")
+        return units
 
     def call(self, inputs: Nest, state: Nest) -> tuple[Nest, Nest]:
         """Returns ``(output, new_state)`` of one step: inputs [B, I], the state as ``state_size``."""

@@ -173,16 +173,6 @@ class CudnnCompatibleGRUCell(RNNCell):
             self.add_variable(f"candidate/{part}_projection/kernel", kernel_initializer)
             self.add_variable(f"candidate/{part}_projection/bias")
 
-    @property
-    def state_size(self) -> int:
-        """The number of units U."""
-        return self.num_units
-
-    @property
-    def output_size(self) -> int:
-        """The number of units U."""
-        return self.num_units
-
     def variable_shapes(self, input_size: int) -> Mapping[str, tuple[int, ...]]:
         """Returns the shapes for I inputs."""
         units = self.num_units

@@ -103,16 +103,6 @@ class BasicRNNCell(RNNCell):
         self.add_variable("kernel")
         self.add_variable("bias")
 
-    @property
-    def state_size(self) -> int:
-        """The number of units U."""
-        return self.num_units
-
-    @property
-    def output_size(self) -> int:
-        """The number of units U."""
-        return self.num_units
-
     def variable_shapes(self, input_size: int) -> Mapping[str, tuple[int, ...]]:
         """Returns the shapes for I inputs."""
         return {"kernel": (input_size + self.num_units, self.num_units), "bias": (self.num_units,)}
@@ -406,16 +396,6 @@ class GRUCell(RNNCell):
         self.add_variable("gates/bias", bias_initializer or constant(1.0))
         self.add_variable("candidate/kernel", kernel_initializer)
         self.add_variable("candidate/bias", bias_initializer)
-
-    @property
-    def state_size(self) -> int:
-        """The number of units U."""
-        return self.num_units
-
-    @property
-    def output_size(self) -> int:
-        """The number of units U."""
-        return self.num_units
 
     def variable_shapes(self, input_size: int) -> Mapping[str, tuple[int, ...]]:
         """Returns the shapes for I inputs."""

@@ -49,16 +49,6 @@ class HoistedCell(RNNCell):
         if is_split and cls._first_defined("unroll", "step", "project") != "unroll":
             cls._run_as(HoistedCell)
 
-    @property
-    def state_size(self) -> Nest:
-        """The number of units U."""
-        return self.num_units
-
-    @property
-    def output_size(self) -> int:
-        """The number of units U."""
-        return self.num_units
-
     def project(self, inputs: Nest) -> Nest:
         """Returns what a step needs of the inputs [..., I], in tensors [..., N]."""
         raise NotImplementedError(f"{type(self).__name__} must define project(inputs)")
