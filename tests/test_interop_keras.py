@@ -1,4 +1,7 @@
-"""Keras's layers: numbers made by Keras 3, its masks against a plain loop, and the way back."""
+"""Keras's layers: numbers made by Keras 3, its masks against a plain loop, and the way back.
+
+One file, as all sections build their layers and masks alike.
+"""
 
 from __future__ import annotations
 

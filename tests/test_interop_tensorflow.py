@@ -1,4 +1,7 @@
-"""TensorFlow's variables by their names: in, out, and what is refused."""
+"""TensorFlow's variables by their names: in, out, and what is refused.
+
+One file, as all sections make their checkpoints alike.
+"""
 
 from __future__ import annotations
 

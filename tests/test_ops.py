@@ -1,4 +1,7 @@
-"""The op family: gradients of every order, the dispatcher's contract, and every slot of the schema."""
+"""The op family: gradients of every order, the dispatcher's contract, and every slot of the schema.
+
+One file for the one family of ops, whose arguments the sections share.
+"""
 
 from __future__ import annotations
 
@@ -260,6 +263,18 @@ def test_variations_match_reference(
     with torch.no_grad():
         theirs = reference.layer(single, options, True)
         assert_close_to_f64(ops.layer(single, options, True), theirs, exact[:4], torch.float32)
+
+
+@pytest.mark.parametrize("variation", ["mask_h", "mask_c once"])
+def test_gradients_by_masks(path: str, variation: str) -> None:
+    a, options = vary(arguments("lstm"), variation)
+    mask = a.mask_h if a.mask_c is None else a.mask_c
+    mask.requires_grad_()
+    found = [
+        torch.autograd.grad(loss(run(a, options, True)), mask)[0] for run in (ops.layer, reference.layer)
+    ]
+    torch.testing.assert_close(*found)
+    assert found[0].any()
 
 
 def test_variations_do_not_depend_on_the_team(path: str) -> None:

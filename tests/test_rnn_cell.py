@@ -1,4 +1,7 @@
-"""The protocol of the cells: sizes, states, variables, building, and what a user's own cell may be."""
+"""The protocol of the cells: sizes, states, variables, building, and what a user's own cell may be.
+
+One file for the one protocol.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +91,7 @@ def test_a_state_tuple_has_c_first_and_a_dtype_if_there_is_one() -> None:
     assert state == (c, h)
     assert state.dtype == torch.float32
     with pytest.raises(TypeError, match=r"Inconsistent internal state: torch\.float32 vs torch\.float64"):
-        LSTMStateTuple(c, h.double()).dtype  # noqa: B018
+        _ = LSTMStateTuple(c, h.double()).dtype
 
 
 @pytest.mark.parametrize("num_proj", [None, 3])
@@ -358,7 +361,7 @@ def test_stacks_check_their_cells() -> None:
     with pytest.raises(ValueError, match=r"Must specify at least one cell for MultiRNNCell\."):
         MultiRNNCell([])
     with pytest.raises(TypeError, match="cells must be a list or tuple, but saw: GRUCell"):
-        MultiRNNCell(GRUCell(4))  # type: ignore[arg-type]
+        MultiRNNCell(GRUCell(4))
     with pytest.raises(TypeError, match="is not an RNNCell"):
         MultiRNNCell([GRUCell(4), nn.Linear(4, 4)])
     with pytest.raises(
@@ -512,10 +515,10 @@ class Linears(RNNCell):
         self.inputs = nn.Linear(5, 4)
         self.state = nn.Linear(4, 4)
 
-    def zero_state(self, batch_size: int, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+    def zero_state(self, batch_size: int, dtype: torch.dtype) -> Tensor:
         return torch.ones(batch_size, 4, dtype=dtype)
 
-    def forward(self, inputs: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, inputs: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         h = torch.tanh(self.inputs(inputs) + self.state(state))
         return h, h
 

@@ -1,4 +1,7 @@
-"""The gated, elementwise, grouped and phased cells of tf.contrib.rnn."""
+"""The gated, elementwise, grouped and phased cells of tf.contrib.rnn.
+
+One file, as each section goes over the same table of cells.
+"""
 
 from __future__ import annotations
 

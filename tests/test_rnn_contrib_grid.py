@@ -1,4 +1,7 @@
-"""The convolutional and the frequency-axis LSTMs: equations, names, both ways to run, and errors."""
+"""The convolutional and the frequency-axis LSTMs: equations, names, both ways to run, and errors.
+
+One file: the equations, written down anew here, serve all sections.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The LSTM and GRU variations of tf.contrib.rnn, and its callables over whole sequences."""
+"""The LSTM and GRU variations of tf.contrib.rnn, and its callables over whole sequences.
+
+One file, as each section goes over the same table of cells.
+"""
 
 from __future__ import annotations
 
@@ -668,5 +671,5 @@ def test_errors_of_fused_cells() -> None:
         rnn_cell.TimeReversedFusedRNN(fused)(x, dtype=x.dtype, sequence_length=[1, 7, 2, 3])
     with pytest.raises(ValueError, match="If there is no initial_state, you must give a dtype"):
         rnn_cell.FusedRNNCellAdaptor(rnn_cell.GRUCell(U))(x)
-    with pytest.raises(NotImplementedError, match="must define forward"):
+    with pytest.raises(NotImplementedError, match="must define run"):
         rnn_cell.FusedRNNCell()(x)

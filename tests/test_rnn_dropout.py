@@ -1,4 +1,7 @@
-"""DropoutWrapper: what is dropped and when, masks of steps, sequences and rows, given noise, errors."""
+"""DropoutWrapper: what is dropped and when, masks of steps, sequences and rows, given noise, errors.
+
+One file, as all sections share the noise and the loop it is replayed in.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The wrappers of TensorFlow 1's cells but dropout: equations, variables, errors, and both ways to run."""
+"""The wrappers of TensorFlow 1's cells but dropout: equations, variables, errors, and both ways to run.
+
+One file, as each wrapper goes through the same checks first.
+"""
 
 from __future__ import annotations
 
@@ -282,7 +285,7 @@ def test_the_first_step_builds_what_the_first_sequence_does(name: str) -> None:
 class TwoArguments(GRUCell):
     """A cell whose ``zero_state`` has TensorFlow's arguments only."""
 
-    def zero_state(self, batch_size: int, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+    def zero_state(self, batch_size: int, dtype: torch.dtype) -> Tensor:
         return torch.full((batch_size, N), 0.5, dtype=dtype)
 
 

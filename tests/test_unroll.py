@@ -1,4 +1,7 @@
-"""The unrolling functions: arguments and errors, lengths, padding, structures, and their two ways to run."""
+"""The unrolling functions: arguments and errors, lengths, padding, structures, and their two ways to run.
+
+One file for all functions, whose cells and inputs the sections share.
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,6 @@ import importlib.metadata
 from torchrnn import contrib as contrib
 from torchrnn import ops as _ops  # noqa: F401  Registers the ops.
 from torchrnn import rnn_cell as rnn_cell
-from torchrnn import scan as _scan  # noqa: F401  Likewise.
 from torchrnn._native import info as info
 from torchrnn.cells import GRUCell as GRUCell
 from torchrnn.cells import LSTMCell as LSTMCell

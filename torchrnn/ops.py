@@ -165,7 +165,10 @@ def scalars(options: Options) -> tuple[Any, ...]:
 
 def reference_only(a: Arguments, options: Options) -> bool:
     """Whether no kernel serves the call: an unserved variation, or a transform that the ops do not know."""
-    return a.zoneout_h is not None or a.zoneout_c is not None or transformed()
+    # Kernels have no gradient by a mask; one is wanted where a keep probability is learnt.
+    masks = [mask for mask in (a.mask_h, a.mask_c) if mask is not None]
+    learnt = torch.is_grad_enabled() and any(mask.requires_grad for mask in masks)
+    return learnt or a.zoneout_h is not None or a.zoneout_c is not None or transformed()
 
 
 def requires_grad(a: Arguments) -> bool:

@@ -199,7 +199,7 @@ class KerasCell(nn.Module):
             h: The h that enters products.
             state: The old state.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define step")
 
     def unroll(self, x: Tensor, lengths: Tensor | None, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Runs x [T, B, I]; returns outputs [T, B, U], zero past a row's length, and the final state."""

@@ -467,7 +467,8 @@ class RNNCell(LazyModuleMixin, nn.Module):
     def forward(self, inputs: Nest, state: Nest, scope: object = None) -> tuple[Nest, Nest]:
         """Runs one step; returns ``(output, new_state)``. ``scope`` is accepted and ignored."""
         self.check_inputs(inputs)
-        self.build_for(inputs, float_dtype(state))
+        if self._variables:  # Built by now; but for inputs of this size? Cells inside look for themselves.
+            self.build_own(self.input_size_of(inputs), float_dtype(state), None)
         return self.call(inputs, state)
 
     def check_inputs(self, inputs: Nest) -> None:
@@ -637,7 +638,9 @@ def loop(cell: Any, inputs: Nest, state: Nest, run: Run) -> tuple[Nest, Nest]:
     alive, last = None, steps
     if run.lengths is not None:
         alive = alive_mask(run.lengths, steps)
-        if not run.lengths.is_cuda and not torch.compiler.is_compiling() and run.lengths.numel():
+        # On an accelerator the host would wait for the lengths.
+        known = run.lengths.device.type == "cpu" and not torch.compiler.is_compiling()
+        if known and run.lengths.numel():
             last = min(steps, max(1, int(run.lengths.max())))
     outputs: list[list[Tensor]] = []
     spec = None

@@ -20,6 +20,7 @@ from torchrnn.rnn_cell.base import (
     linear,
     lstm_size,
     split_state,
+    why_no_kernel,
 )
 from torchrnn.rnn_cell.core import state_masks
 from torchrnn.rnn_cell.gated import HoistedCell
@@ -40,17 +41,12 @@ class ScannedCell(HoistedCell):
 
     def why_loop(self) -> str | None:
         """Returns why a sequence runs in the loop; None if it does not."""
-        if kernel_activation(self.activation) is not None:
-            return None
-        name = getattr(self.activation, "__name__", type(self.activation).__name__)
-        return f"no kernel has the activation {name}"
+        return why_no_kernel(self.activation)
 
-    @property
-    def fused(self) -> str:  # type: ignore[override]
-        """What ``unroll`` does where ``why_loop`` is None."""
-        return (
-            f"products with the input for all steps at once, then one op over the sequence, {self.recurrence}"
-        )
+    def way(self) -> str:
+        """Returns how a sequence runs otherwise."""
+        op = f"one op over the sequence, {self.recurrence}"
+        return f"products with the input for all steps at once, then {op}"
 
     def scan(
         self,

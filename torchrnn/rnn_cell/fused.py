@@ -14,6 +14,8 @@ from torchrnn import unroll
 from torchrnn.rnn_cell.base import Nest, RNNCell, assert_cell, build_cell
 from torchrnn.rnn_cell.block import LSTMBlockCell
 
+Lengths = Tensor | Sequence[int] | None
+
 
 class FusedRNNCell(nn.Module):
     """The base: what is called as ``fused(inputs, initial_state, dtype, sequence_length)``.
@@ -26,7 +28,7 @@ class FusedRNNCell(nn.Module):
         inputs: Nest,
         initial_state: Nest = None,
         dtype: torch.dtype | None = None,
-        sequence_length: Tensor | Sequence[int] | None = None,
+        sequence_length: Lengths = None,
         scope: object = None,
     ) -> tuple[Nest, Nest]:
         """Runs a sequence.
@@ -42,7 +44,13 @@ class FusedRNNCell(nn.Module):
             ``(outputs, state)``: a tensor [T, B, ...] or a list like the inputs, zero past a row's length,
             and the state after the last step that counts.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define forward")
+        return self.run(inputs, initial_state, dtype, sequence_length)
+
+    def run(
+        self, inputs: Nest, state: Nest, dtype: torch.dtype | None, lengths: Lengths
+    ) -> tuple[Nest, Nest]:
+        """Does what ``forward`` does; to be defined by a subclass."""
+        raise NotImplementedError(f"{type(self).__name__} must define run")
 
     def inner_cells(self) -> Sequence[tuple[str, nn.Module]]:
         """Returns the cell inside after its scope, as ``RNNCell.inner_cells``."""
@@ -86,13 +94,8 @@ class FusedRNNCellAdaptor(FusedRNNCell):
         """Returns the cell."""
         return [("", self.cell)]
 
-    def forward(
-        self,
-        inputs: Nest,
-        initial_state: Nest = None,
-        dtype: torch.dtype | None = None,
-        sequence_length: Tensor | Sequence[int] | None = None,
-        scope: object = None,
+    def run(
+        self, inputs: Nest, state: Nest, dtype: torch.dtype | None, lengths: Lengths
     ) -> tuple[Nest, Nest]:
         """Runs a sequence; see ``FusedRNNCell.forward``.
 
@@ -101,8 +104,8 @@ class FusedRNNCellAdaptor(FusedRNNCell):
             TypeError: Likewise.
         """
         if isinstance(inputs, list):
-            return unroll.static_rnn(self.cell, inputs, initial_state, dtype, sequence_length)
-        return unroll.dynamic_rnn(self.cell, inputs, sequence_length, initial_state, dtype, time_major=True)
+            return unroll.static_rnn(self.cell, inputs, state, dtype, lengths)
+        return unroll.dynamic_rnn(self.cell, inputs, lengths, state, dtype, time_major=True)
 
 
 class LSTMBlockFusedCell(FusedRNNCellAdaptor):
@@ -138,13 +141,8 @@ class LSTMBlockFusedCell(FusedRNNCellAdaptor):
         units: int = self.cell.num_units
         return units
 
-    def forward(
-        self,
-        inputs: Nest,
-        initial_state: Nest = None,
-        dtype: torch.dtype | None = None,
-        sequence_length: Tensor | Sequence[int] | None = None,
-        scope: object = None,
+    def run(
+        self, inputs: Nest, state: Nest, dtype: torch.dtype | None, lengths: Lengths
     ) -> tuple[Nest, Nest]:
         """Runs a sequence; see ``FusedRNNCell.forward``.
 
@@ -153,11 +151,11 @@ class LSTMBlockFusedCell(FusedRNNCellAdaptor):
                 not fit.
             TypeError: If inputs and state differ in dtype.
         """
-        if initial_state is None and dtype is None:
+        if state is None and dtype is None:
             raise ValueError("Either initial_state or dtype needs to be specified")
-        if initial_state is not None and len(initial_state) != 2:
+        if state is not None and len(state) != 2:
             raise ValueError("Expecting initial_state to be a tuple with length 2 or None")
-        return super().forward(inputs, initial_state, dtype, sequence_length)
+        return super().run(inputs, state, dtype, lengths)
 
 
 class TimeReversedFusedRNN(FusedRNNCell):
@@ -183,34 +181,27 @@ class TimeReversedFusedRNN(FusedRNNCell):
         """Returns the fused cell."""
         return [("", self.cell)]
 
-    def forward(
-        self,
-        inputs: Nest,
-        initial_state: Nest = None,
-        dtype: torch.dtype | None = None,
-        sequence_length: Tensor | Sequence[int] | None = None,
-        scope: object = None,
+    def run(
+        self, inputs: Nest, state: Nest, dtype: torch.dtype | None, lengths: Lengths
     ) -> tuple[Nest, Nest]:
         """Runs a sequence; see ``FusedRNNCell.forward``.
 
         Raises:
             ValueError: As the fused cell, and if a length is not in 0..T.
         """
-        x = _reversed(inputs, sequence_length)
-        outputs, state = self.cell(
-            x, initial_state=initial_state, dtype=dtype, sequence_length=sequence_length
-        )
-        return _reversed(outputs, sequence_length), state
+        x = _reversed(inputs, lengths)
+        outputs, final = self.cell(x, initial_state=state, dtype=dtype, sequence_length=lengths)
+        return _reversed(outputs, lengths), final
 
 
-def _reversed(sequence: Nest, lengths: Tensor | Sequence[int] | None) -> Nest:
+def _reversed(sequence: Nest, lengths: Lengths) -> Nest:
     """Reverses a list, or tensors [T, B, ...] within the lengths of their rows."""
     if isinstance(sequence, list):
         return sequence[::-1]
     return pytree.tree_map(lambda x: _reversed_rows(x, lengths), sequence)
 
 
-def _reversed_rows(x: Tensor, lengths: Tensor | Sequence[int] | None) -> Tensor:
+def _reversed_rows(x: Tensor, lengths: Lengths) -> Tensor:
     steps, batch = x.shape[:2]
     unroll.check_range(lengths, steps)
     ends = unroll.row_lengths(lengths, steps, batch, x.device)

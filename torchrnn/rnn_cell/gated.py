@@ -40,8 +40,6 @@ class HoistedCell(RNNCell):
     """
 
     num_units: int
-    fused = ""
-    """What ``unroll`` does where ``why_loop`` is None."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -68,10 +66,6 @@ class HoistedCell(RNNCell):
     def why_loop(self) -> str | None:
         """Returns why ``step`` runs in the loop; None if it does not."""
         return "no kernel has its recurrence"
-
-    def way(self) -> str:
-        """Returns how a sequence runs otherwise."""
-        return self.fused
 
     def paths(self) -> Iterator[tuple[int, str]]:
         """Yields how a sequence runs."""
@@ -190,7 +184,6 @@ class UGRNNCell(HoistedCell):
     """
 
     scope = "ugrnn_cell"
-    fused = "one op over the sequence, gru with a reset gate of 1"
     kernel: nn.Parameter
     bias: nn.Parameter
     activation: Activation
@@ -243,6 +236,10 @@ class UGRNNCell(HoistedCell):
     def why_loop(self) -> str | None:
         """Returns why a sequence runs in the loop; None if it does not."""
         return why_no_kernel(self.activation)
+
+    def way(self) -> str:
+        """Returns how a sequence runs otherwise."""
+        return "one op over the sequence, gru with a reset gate of 1"
 
 
 class IntersectionRNNCell(HoistedCell):

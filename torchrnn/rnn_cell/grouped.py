@@ -51,7 +51,6 @@ class GLSTMCell(HoistedCell):
     """
 
     scope = "glstm_cell"
-    fused = "one op over the sequence per group, lstm"
     bias_i: nn.Parameter
     bias_j: nn.Parameter
     bias_f: nn.Parameter
@@ -153,6 +152,10 @@ class GLSTMCell(HoistedCell):
         if kernel_activation(self.activation) != "tanh":
             return "the candidate's activation is tanh, and no kernel has another one for the output"
         return None
+
+    def way(self) -> str:
+        """Returns how a sequence runs otherwise."""
+        return "one op over the sequence per group, lstm"
 
     def unroll(self, inputs: Tensor, state: Nest, run: Run) -> tuple[Tensor, Nest]:
         """Runs a sequence in one call of the engine per group: without projection they are independent."""
