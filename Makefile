@@ -39,7 +39,7 @@ examples: $(VENV)/.with-demo build/.extension ## Train small models as they were
 	done
 
 # Twice: with the kernels, and without them, so that every op takes its fallback.
-FALLBACK_TESTS := $(addprefix tests/test_,$(addsuffix .py,parity ops native modules sequences cells errors convert scan))
+FALLBACK_TESTS := $(addprefix tests/test_,$(addsuffix .py,parity ops native modules sequences cells errors convert scan dropout))
 
 test: $(VENV)/.with-test build/.extension ## Run the tests (about seven minutes on two cores); ARGS goes to pytest.
 	@$(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)

@@ -361,8 +361,8 @@ def test_every_step_and_every_sequence_has_its_own_mask() -> None:
 
 
 def test_a_hidden_bias_counts_without_a_bias() -> None:
-    x, weight, bias = torch.randn(T, B, INPUTS), torch.randn(3 * U, INPUTS + U), torch.randn(3 * U)
-    arguments = Options(cell="gru"), Run(), x, weight
+    x, kernel, bias = torch.randn(T, B, INPUTS), torch.randn(INPUTS + U, 3 * U), torch.randn(3 * U)
+    arguments = Options(cell="gru"), Run(), x, kernel
     h0 = torch.randn(B, U)
     ours = run_layer(*arguments, None, h0, hidden_bias=bias)
     assert_close(ours, run_layer(*arguments, torch.zeros_like(bias), h0, hidden_bias=bias))

@@ -2,6 +2,7 @@
 // RNN_REGISTERS are defined and the compiler's target is set.
 
 #include "cpu/backward.h"
+#include "cpu/dropout.h"
 #include "cpu/floors.h"
 #include "cpu/forward.h"
 #include "cpu/scan.h"
@@ -68,4 +69,5 @@ void backward(const BackwardParams<T>& p, int threads, cpu::RunTeam run_team) {
    torchrnn::RNN_ISA::pack<float>,          torchrnn::RNN_ISA::pack<double>,          \
    torchrnn::RNN_ISA::scan_forward<float>,  torchrnn::RNN_ISA::scan_forward<double>,  \
    torchrnn::RNN_ISA::scan_backward<float>, torchrnn::RNN_ISA::scan_backward<double>, \
+   torchrnn::RNN_ISA::dropout<float>,       torchrnn::RNN_ISA::dropout<double>,       \
    torchrnn::RNN_ISA::multiply_add_loop,    torchrnn::RNN_ISA::read_loop}

@@ -1,6 +1,7 @@
 // What an instruction set's build of the CPU kernels offers to ops.cpp.
 #pragma once
 
+#include "dropout_params.h"
 #include "params.h"
 #include "scan_params.h"
 
@@ -29,6 +30,8 @@ struct Kernels {
   void (*scan_f64)(const ScanParams<double>&, int threads, RunTeam);
   void (*scan_backward_f32)(const ScanBackwardParams<float>&, int threads, RunTeam);
   void (*scan_backward_f64)(const ScanBackwardParams<double>&, int threads, RunTeam);
+  void (*dropout_f32)(const DropoutParams<float>&, int threads, RunTeam);
+  void (*dropout_f64)(const DropoutParams<double>&, int threads, RunTeam);
   // Floors that bench measures against. iterations of a loop of independent multiply-adds; returns their
   // number.
   double (*multiply_add_loop)(int64_t iterations);

@@ -31,7 +31,7 @@ from torchrnn.rnn_cell.base import (
     kernel_activation,
     loop,
 )
-from torchrnn.rnn_cell.engine import gate_rows, gate_vector
+from torchrnn.rnn_cell.engine import gate_columns, gate_vector
 
 _MERGES = ("concat", "sum", "ave", "mul", None)
 _MORE_ACTIVATIONS: dict[str, Activation] = {
@@ -212,7 +212,8 @@ class KerasCell(nn.Module):
         is_known = self.gates == 1 or self.recurrent_activation is torch.sigmoid
         if mask is not None or activation is None or not is_known:
             return loop(partial(self, mask=mask), x, state, Run(lengths))
-        w_ih, w_hh = (gate_rows(kernel, self.order) for kernel in (self.kernel, self.recurrent_kernel))
+        kernels = (gate_columns(kernel, self.order) for kernel in (self.kernel, self.recurrent_kernel))
+        w_ih, w_hh = (kernel.t().contiguous() for kernel in kernels)
         b_ih, b_hh = ([] if b is None else [gate_vector(b, self.order)] for b in self.biases())
         h0, c0 = [*(each.unsqueeze(0) for each in state), None][:2]
         a = Arguments(x, [w_ih], [w_hh], b_ih, b_hh, [], [], [], [], h0, c0, lengths)

@@ -198,7 +198,7 @@ class CudnnCompatibleGRUCell(RNNCell):
         candidate = torch.cat(
             [self.candidate_input_projection_kernel, self.candidate_hidden_projection_kernel]
         )
-        weight = torch.cat([self.gates_kernel, candidate], 1).t()
+        kernel = torch.cat([self.gates_kernel, candidate], 1)
         bias = torch.cat([self.gates_bias, self.candidate_input_projection_bias])
         zeros = torch.zeros_like(self.gates_bias)
         hidden_bias = torch.cat([zeros, self.candidate_hidden_projection_bias])
@@ -206,7 +206,7 @@ class CudnnCompatibleGRUCell(RNNCell):
             Options(cell="gru"),
             run,
             inputs,
-            weight,
+            kernel,
             bias,
             state,
             masks=(run.masks, None),

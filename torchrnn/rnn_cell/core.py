@@ -36,7 +36,7 @@ from torchrnn.rnn_cell.base import (
     why_no_kernel,
     zero_state_of,
 )
-from torchrnn.rnn_cell.engine import gate_rows, gate_vector, run_layer
+from torchrnn.rnn_cell.engine import gate_columns, gate_vector, run_layer
 
 SUMS = ("input", "transform", "forget", "output")
 """The scopes of the layer norms of an LSTM's sums i, j, f and o."""
@@ -118,7 +118,7 @@ class BasicRNNCell(RNNCell):
         if activation is None:
             return super().unroll(inputs, state, run)
         options = Options(cell="rnn", activation=activation)
-        y, h, _ = run_layer(options, run, inputs, self.kernel.t(), self.bias, state, masks=(run.masks, None))
+        y, h, _ = run_layer(options, run, inputs, self.kernel, self.bias, state, masks=(run.masks, None))
         return y, h
 
     def why_loop(self) -> str | None:
@@ -291,7 +291,7 @@ class LSTMCell(RNNCell):
             ),
             run,
             inputs,
-            gate_rows(kernel, ENGINE_ORDER),
+            gate_columns(kernel, ENGINE_ORDER),
             bias,
             h,
             c,
@@ -420,9 +420,9 @@ class GRUCell(RNNCell):
         if activation is None:
             return super().unroll(inputs, state, run)
         options = Options(cell="gru_reset_before", activation=activation)
-        weight = torch.cat([self.gates_kernel, self.candidate_kernel], 1).t()
+        kernel = torch.cat([self.gates_kernel, self.candidate_kernel], 1)
         bias = torch.cat([self.gates_bias, self.candidate_bias])
-        y, h, _ = run_layer(options, run, inputs, weight, bias, state, masks=(run.masks, None))
+        y, h, _ = run_layer(options, run, inputs, kernel, bias, state, masks=(run.masks, None))
         return y, h
 
     def why_loop(self) -> str | None:

@@ -24,7 +24,7 @@ from torchrnn.rnn_cell.base import (
     zeros,
 )
 from torchrnn.rnn_cell.core import listed, state_masks
-from torchrnn.rnn_cell.engine import gate_rows, gate_vector, run_layer
+from torchrnn.rnn_cell.engine import gate_columns, gate_vector, run_layer
 from torchrnn.rnn_cell.normalized import add_norms, layer_norm, norm_shapes
 
 SUMS = ("transform", "forget", "output")
@@ -173,7 +173,7 @@ class CoupledInputForgetGateLSTMCell(RNNCell):
             ),
             run,
             inputs,
-            gate_rows(self.W_0, order),
+            gate_columns(self.W_0, order),
             torch.cat([bias[:1] + self.forget_bias, bias[1:]]).view(-1),
             h,
             c,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from torchrnn.dropout import dropout
 from torchrnn.rnn_cell.base import LSTMStateTuple, Nest, Run, describe, map_sizes
 from torchrnn.rnn_cell.core import unroll_cell
 from torchrnn.rnn_cell.wrappers import SameInputWrapper
@@ -116,6 +117,12 @@ class DropoutWrapper(SameInputWrapper):
             raise ValueError("rate must be a scalar tensor or a float in the range [0, 1), got 1")
         return keep
 
+    def _chosen(self, kind: str, nest: Nest) -> list[bool]:
+        """Returns which of the tensors of a nest are dropped."""
+        if kind == "state":
+            return visit(self.visitor, nest)
+        return [True] * len(pytree.tree_leaves(nest))
+
     def _factors(self, kind: str, nest: Nest, run: Run | None, steps: int) -> list[Tensor | None]:
         """Returns the factors on the tensors of one step, [B, ...]; of all T steps if there is a run.
 
@@ -126,25 +133,26 @@ class DropoutWrapper(SameInputWrapper):
         values = pytree.tree_leaves(nest)
         if keep is None:
             return [None] * len(values)
-        chosen = visit(self.visitor, nest) if kind == "state" else [True] * len(values)
         return [
-            self._factor(kind, i, keep, v, run, steps) if c else None
-            for i, (v, c) in enumerate(zip(values, chosen, strict=True))
+            self._factor(kind, i, keep, _floating(v), run, steps) if chosen else None
+            for i, (v, chosen) in enumerate(zip(values, self._chosen(kind, nest), strict=True))
         ]
 
     def _factor(
         self, kind: str, i: int, keep: float | Tensor, value: Tensor, run: Run | None, steps: int
     ) -> Tensor:
-        if not value.is_floating_point():
-            raise ValueError(
-                "x has to be a floating point tensor since it's going to be scaled. "
-                f"Got a {value.dtype} tensor instead."
-            )
+        if self._draws(keep, kind):
+            shape = value.shape if run is None else (steps, *value.shape)
+            return dropout(value.new_ones(shape), keep, self.generator)
         noise = self._uniform(kind, i, value, run, steps).to(value.device)
         if isinstance(keep, Tensor):
             keep = keep.to(value.device, torch.float32)
         # In place: each pass over a whole sequence's noise that allocates costs as much as drawing it.
         return noise.ge_(1 - keep).to(value.dtype).div_(keep)
+
+    def _draws(self, keep: float | Tensor, kind: str) -> TypeGuard[float]:
+        """Whether each number is dropped by itself and by drawn noise, which is all that the op can do."""
+        return isinstance(keep, float) and not self.variational_recurrent and kind not in self.noise
 
     def _uniform(self, kind: str, i: int, value: Tensor, run: Run | None, steps: int) -> Tensor:
         """Returns numbers in [0, 1) that the caller may overwrite, shaped as ``_factors`` says."""
@@ -177,7 +185,14 @@ class DropoutWrapper(SameInputWrapper):
 
     def _drop(self, kind: str, nest: Nest, run: Run | None = None) -> Nest:
         """Returns tensors [B, ...] of one step, or [T, B, ...] of a run, times their factors."""
+        keep = self._keep(kind)
+        if keep is None:
+            return nest
         values, spec = pytree.tree_flatten(nest)
+        if self._draws(keep, kind):
+            pairs = zip(values, self._chosen(kind, nest), strict=True)
+            dropped = [dropout(_floating(v), keep, self.generator) if chosen else v for v, chosen in pairs]
+            return pytree.tree_unflatten(dropped, spec)
         step = nest if run is None else pytree.tree_map(lambda v: v[0], nest)
         factors = self._factors(kind, step, run, 0 if run is None else values[0].size(0))
         return pytree.tree_unflatten([_times(v, f) for v, f in zip(values, factors, strict=True)], spec)
@@ -285,6 +300,16 @@ def _keep_prob(name: str, value: float | Tensor) -> float | Tensor:
 def _drops(keep: float | Tensor) -> bool:
     """Whether anything may be dropped."""
     return isinstance(keep, Tensor) or keep < 1
+
+
+def _floating(value: Tensor) -> Tensor:
+    """Returns a tensor that can be scaled."""
+    if not value.is_floating_point():
+        raise ValueError(
+            "x has to be a floating point tensor since it's going to be scaled. "
+            f"Got a {value.dtype} tensor instead."
+        )
+    return value
 
 
 def _times(value: Tensor, factor: Tensor | None) -> Tensor:

@@ -13,11 +13,10 @@ from torchrnn.reference import Arguments
 from torchrnn.rnn_cell.base import Run
 
 
-def gate_rows(kernel: Tensor, order: Sequence[int]) -> Tensor:
-    """Turns [I, G*U] into [G*U, I], the blocks of U columns in the order that the engine has them."""
-    # Transposed last: torch has a fast way for a whole matrix, but not for pieces of one.
+def gate_columns(kernel: Tensor, order: Sequence[int]) -> Tensor:
+    """Brings the blocks of U columns of [I, G*U] into the order that the engine has them in."""
     blocks = kernel.chunk(len(order), 1)
-    return torch.cat([blocks[i] for i in order], 1).t().contiguous()
+    return torch.cat([blocks[i] for i in order], 1)
 
 
 def gate_vector(bias: Tensor, order: Sequence[int]) -> Tensor:
@@ -30,7 +29,7 @@ def run_layer(
     options: Options,
     run: Run,
     x: Tensor,
-    weight: Tensor,
+    kernel: Tensor,
     bias: Tensor | None,
     h0: Tensor,
     c0: Tensor | None = None,
@@ -47,7 +46,7 @@ def run_layer(
         options: The cell and its variations, without the direction.
         run: Lengths and direction.
         x: [T, B, I]
-        weight: [G*H, I + R], what is applied to [x, h].
+        kernel: [I + R, G*H], what [x, h] is multiplied by, the gates in the engine's order.
         bias: [G*H] or None.
         h0: [B, R]
         c0: [B, H] for a cell with memory.
@@ -57,7 +56,9 @@ def run_layer(
         masks: Factors on the h and the c that are carried on, [T or 1, B or 1, R] and [T or 1, B or 1, H].
         hidden_bias: [G*H], added to what is applied to h, for a cell that keeps it apart; zeros by default.
     """
-    inputs, batch = x.size(2), x.size(1)
+    batch = x.size(1)
+    # Split before they are transposed: torch has a fast way for a whole matrix, but not for a part of one.
+    weight_ih, weight_hh = (part.t().contiguous() for part in kernel.split([x.size(2), h0.size(1)]))
 
     def listed(tensor: Tensor | None) -> list[Tensor]:
         return [] if tensor is None else [tensor]
@@ -73,8 +74,8 @@ def run_layer(
     gain, shift, epsilon = norm or (None, None, options.norm_eps)
     a = Arguments(
         x,
-        [weight[:, :inputs]],
-        [weight[:, inputs:]],
+        [weight_ih],
+        [weight_hh],
         listed(bias),
         listed(hidden_bias),
         listed(projection),

@@ -226,11 +226,11 @@ class UGRNNCell(HoistedCell):
         if activation is None:
             return super().unroll(inputs, state, run)
         # It is torch's GRU with r = 1: without weights, and sigmoid(50) is 1 to the last bit in every dtype.
-        weight = F.pad(self.kernel, (self.num_units, 0)).t()
+        kernel = F.pad(self.kernel, (self.num_units, 0))
         g, n = self.bias.chunk(2)
         bias = torch.cat([torch.full_like(g, 50), g + self.forget_bias, n])
         options = Options(cell="gru", activation=activation)
-        y, h, _ = run_layer(options, run, inputs, weight, bias, state, masks=(run.masks, None))
+        y, h, _ = run_layer(options, run, inputs, kernel, bias, state, masks=(run.masks, None))
         return y, h
 
     def why_loop(self) -> str | None:

@@ -21,7 +21,7 @@ from torchrnn.rnn_cell.base import (
     zeros,
 )
 from torchrnn.rnn_cell.core import ENGINE_ORDER, state_masks
-from torchrnn.rnn_cell.engine import gate_rows, run_layer
+from torchrnn.rnn_cell.engine import gate_columns, run_layer
 from torchrnn.rnn_cell.gated import HoistedCell
 
 
@@ -170,7 +170,7 @@ class GLSTMCell(HoistedCell):
                 Options(cell="lstm"),
                 run,
                 x,
-                gate_rows(getattr(self, f"group{group}_kernel"), ENGINE_ORDER),
+                gate_columns(getattr(self, f"group{group}_kernel"), ENGINE_ORDER),
                 b.reshape(-1),
                 h,
                 c,
