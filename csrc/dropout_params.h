@@ -10,7 +10,8 @@ namespace torchrnn {
 // key is the seed; torchrnn/dropout.py says which of its outputs is the i-th.
 template <typename T>
 struct DropoutParams {
-  const T* x;  // [count]
+  const T* x;  // [count], or one number that stands for all
+  bool one;    // it is one
   T* y;        // [count]
   int64_t count;
   uint64_t seed;

@@ -55,6 +55,14 @@ def test_strided_input_and_nan() -> None:
     assert y[1, 2, 0].isnan()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_number_for_all(dtype: torch.dtype) -> None:
+    x = torch.tensor(1.5, dtype=dtype)
+    for shape in ((), (1, 1), (0, 3), (130, 7)):
+        y = OP(x.expand(shape), seed_of(4), 0.4)
+        assert torch.equal(y, OP(x.expand(shape).contiguous(), seed_of(4), 0.4)) and y.is_contiguous()
+
+
 def test_threads_draw_the_same_numbers() -> None:
     before, x = torch.get_num_threads(), torch.randn(1 << 17)
     try:

@@ -99,15 +99,16 @@ void dropout(const DropoutParams<T>& p, int threads, cpu::RunTeam run_team) {
   const auto work = [&p](int id, int size) {
     const RoundKeys keys(p.seed);
     const Range blocks = share(ceil_div(p.count, kBlock), id, size);
+    T part[kBlock], result[kBlock];
+    for (T& x : part) x = p.one ? *p.x : T(0);
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       const int64_t begin = block * kBlock, n = p.count - begin;
       if (n >= kBlock) {
-        drop_block(p, keys, block, p.x + begin, p.y + begin);
+        drop_block(p, keys, block, p.one ? part : p.x + begin, p.y + begin);
       } else {
-        T x[kBlock]{}, y[kBlock];
-        memcpy(x, p.x + begin, n * sizeof(T));
-        drop_block(p, keys, block, x, y);
-        memcpy(p.y + begin, y, n * sizeof(T));
+        if (!p.one) memcpy(part, p.x + begin, n * sizeof(T));
+        drop_block(p, keys, block, part, result);
+        memcpy(p.y + begin, result, n * sizeof(T));
       }
     }
   };

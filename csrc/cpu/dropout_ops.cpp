@@ -14,12 +14,22 @@ namespace {
 // Below this many numbers a thread is not worth starting.
 constexpr int64_t kNumbersPerThread = 1 << 15;
 
+// One number that stands for all is not spread out: a whole mask is made of a one, say.
+bool is_one_number(const Tensor& x) {
+  for (int64_t d = 0; d < x.dim(); ++d)
+    if (x.size(d) != 1 && x.stride(d) != 0) return false;
+  return true;
+}
+
 template <typename T>
 Tensor dropped(const Tensor& x, const Tensor& seed, double keep) {
   Widened<T> wide(wide_type(x));
   DropoutParams<T> p{};
   p.count = x.numel();
-  p.x = wide.dense(x);
+  if (p.count == 0) return torch::stable::new_empty(x, x.sizes());
+  // Other dtypes are spread out all the same, as conversion does not keep the strides of 0.
+  p.one = is_one_number(x) && x.scalar_type() == wide_type(x);
+  p.x = p.one ? x.template const_data_ptr<T>() : wide.dense(x);
   const Tensor y = torch::stable::new_empty(x, x.sizes(), wide_type(x));
   p.y = y.template mutable_data_ptr<T>();
   p.seed = uint64_t(*seed.const_data_ptr<int64_t>());

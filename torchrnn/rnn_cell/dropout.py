@@ -143,7 +143,7 @@ class DropoutWrapper(SameInputWrapper):
     ) -> Tensor:
         if self._draws(keep, kind):
             shape = value.shape if run is None else (steps, *value.shape)
-            return dropout(value.new_ones(shape), keep, self.generator)
+            return dropout(value.new_ones(()).expand(shape), keep, self.generator)
         noise = self._uniform(kind, i, value, run, steps).to(value.device)
         if isinstance(keep, Tensor):
             keep = keep.to(value.device, torch.float32)
