@@ -5,7 +5,6 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
-CUDA_ARCHS ?= 80 90 100 120
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,14 +15,14 @@ export MAX_JOBS ?= $(JOBS)
 
 # Folders too: a file that was deleted changes its folder.
 CSRC := $(shell find csrc)
-PYTHON_FILES := setup.py torchrnn $(wildcard tests bench examples)
-CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
+PYTHON_FILES := setup.py torchrnn $(wildcard tests bench examples gpu)
+CXX_FILES := $(filter %.h %.cpp %.cu,$(CSRC) $(wildcard tests/cuda/* gpu/*))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # Two pips at once in one environment damage it.
 .NOTPARALLEL:
-.PHONY: help demo examples test test-slow check format bench bench-peers nvcc-check clean distclean
+.PHONY: help demo examples test test-slow check format bench bench-peers cuda-check gpu clean distclean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,8 +40,11 @@ examples: $(VENV)/.with-demo build/.extension ## Train small models as they were
 # Twice: with the kernels, and without them, so that every op takes its fallback.
 FALLBACK_TESTS := $(addprefix tests/test_,$(addsuffix .py,parity ops native modules sequences cells errors convert scan dropout))
 
-test: $(VENV)/.with-test build/.extension ## Run the tests (about seven minutes on two cores); ARGS goes to pytest.
-	@$(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
+# Tests of the CUDA sources that need a compiler for the host and no GPU: they are a part of cuda-check.
+HOST_TESTS := $(wildcard tests/test_cuda_*.py tests/cuda/test_*.py)
+
+test: $(VENV)/.with-test build/.extension ## Run the tests but those of cuda-check (seven minutes on two cores); ARGS goes to pytest.
+	@$(BIN)/python -m pytest -q -n $(JOBS) $(addprefix --ignore=,$(HOST_TESTS)) $(ARGS)
 	@TORCHRNN_PURE=1 $(BIN)/python -m pytest -q -n $(JOBS) $(FALLBACK_TESTS) $(ARGS)
 
 test-slow: $(VENV)/.with-test build/.extension ## Run the full grids and long runs.
@@ -91,28 +93,44 @@ $(VENV)/.with-%: $(VENV)/.with-torch setup.py pyproject.toml
 build/.extension: $(VENV)/.with-torch setup.py pyproject.toml $(CSRC)
 	@echo "build: torchrnn._C, log in build/extension.log"
 	@mkdir -p build
-	@$(BIN)/python setup.py build_ext --inplace --force >build/extension.log 2>&1 || \
+	@$(BIN)/python setup.py build_ext --inplace --force --build-temp build/objects >build/extension.log 2>&1 || \
 	  { cat build/extension.log; exit 1; }
 	@grep -A 4 'warning:' build/extension.log || true
 	@touch $@
 
-# The headers that the CPU and CUDA share must compile for the device without a warning, also where there is no GPU.
-# The kernels of csrc/cells/nvcc_check.cu instantiate every cell.
-NVCC := $(or $(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc))
-NVCC_FLAGS := -std=c++20 -Icsrc -Werror all-warnings -Xptxas -warn-spills \
-  $(foreach arch,$(CUDA_ARCHS),-gencode arch=compute_$(arch),code=sm_$(arch))
-HOST_ONLY := csrc/cells/vec.h
-DEVICE_HEADERS := $(filter-out $(HOST_ONLY),$(wildcard csrc/params.h csrc/scan_params.h csrc/cells/*.h))
-DEVICE_SOURCES := $(wildcard csrc/cells/nvcc_check.cu)
+# The CUDA sources where there is no GPU. With nvcc they are compiled, as setup.py does it and without a warning,
+# for each generation of GPUs that they are for; the library is linked, also to a torch without CUDA; and what
+# its kernels take and its ops look like is compared with what they should. The headers of all cells compile for
+# the device too: tests/cuda/cells_check.cu instantiates them.
+NVCC := $(or $(wildcard $(CUDA_HOME)/bin/nvcc),$(shell command -v nvcc))
+CUDA_ARCHS := 8.0 9.0 10.0 12.0
+CELL_HEADERS := $(filter-out csrc/cells/vec.h,$(wildcard csrc/params.h csrc/scan_params.h csrc/cells/*.h))
+CELL_FLAGS := -std=c++20 -Icsrc -Werror all-warnings -Xptxas -warn-spills \
+  $(foreach arch,$(subst .,,$(CUDA_ARCHS)),-gencode arch=compute_$(arch),code=sm_$(arch))
 
-nvcc-check: ## Compile the shared headers with nvcc; without nvcc it says so and passes.
+.PHONY: nvcc-check
 ifeq ($(NVCC),)
-	@echo "nvcc-check: not run (no nvcc)"
+nvcc-check:
+	@echo "cuda-check: compilation not run (no nvcc)"
 else
+nvcc-check: $(VENV)/.with-test build/.extension
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
-	for header in $(DEVICE_HEADERS:csrc/%=%); do echo "#include \"$$header\""; done >"$$folder/headers.cu" && \
-	for source in $$folder/headers.cu $(DEVICE_SOURCES); do \
-	  $(NVCC) $(NVCC_FLAGS) -c "$$source" -o "$$folder/object.o" || exit 1; \
+	for header in $(CELL_HEADERS:csrc/%=%); do echo "#include \"$$header\""; done >"$$folder/headers.cu" && \
+	for source in $$folder/headers.cu tests/cuda/cells_check.cu; do \
+	  $(NVCC) $(CELL_FLAGS) -c "$$source" -o "$$folder/object.o" || exit 1; \
 	done
-	@echo "nvcc-check: $(words $(DEVICE_HEADERS)) headers, $(words $(DEVICE_SOURCES)) sources, sm: $(CUDA_ARCHS)"
+	@echo "build: torchrnn._C_cuda for sm $(CUDA_ARCHS), log in build/cuda.log"
+	@TORCHRNN_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHS)" $(BIN)/python setup.py build_ext \
+	  --build-temp build/objects --build-lib build/cuda >build/cuda.log 2>&1 || { cat build/cuda.log; exit 1; }
+	@$(BIN)/python tests/cuda/registers.py build/objects/nvcc --nvcc $(NVCC)
+	@TORCHRNN_PURE=1 $(BIN)/python tests/cuda/schemas.py build/cuda/torchrnn/_C_cuda.abi3.so csrc/cuda/*.cpp
 endif
+
+cuda-check: $(VENV)/.with-test build/.extension nvcc-check ## Check the CUDA sources without a GPU: all of it where there is nvcc.
+	@$(BIN)/python -m pytest -q -n $(JOBS) $(HOST_TESTS) $(ARGS)
+
+OUT ?= build/gpu
+STAGE ?= all
+
+gpu: ## On a machine with a GPU: build, test and measure there; STAGE is a part of it, results go to OUT.
+	@$(PYTHON) gpu/run.py --out $(OUT) --stage $(STAGE) $(ARGS)

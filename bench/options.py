@@ -11,11 +11,12 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Any
 
 from bench import results
+
+if TYPE_CHECKING:  # Imported where it is needed: a GPU machine may not have it.
+    from rich.console import Console
 
 WIDTH = 160  # Where there is no terminal to ask.
 
@@ -43,19 +44,21 @@ def seconds(text: str) -> float:
     return float(text)
 
 
-def parser(command: str, description: str) -> argparse.ArgumentParser:
+def parser(command: str, description: str, out: Path = results.FOLDER) -> argparse.ArgumentParser:
     """Returns a parser with the options of every command that measures."""
     parser = argparse.ArgumentParser(prog=f"python -m bench {command}".strip(), description=description)
     add = parser.add_argument
     add("--filter", metavar="REGEX", type=regex, default="", help="only cases whose id it is found in")
     add("--quick", action="store_true", help="tiny cases and few repeats, to see whether the bench works")
-    out = "folder of the JSON file [bench/results]"
-    add("--out", metavar="DIR", type=Path, default=results.FOLDER, help=out)
+    folder = f"folder of the JSON file [{out.relative_to(results.ROOT)}]"
+    add("--out", metavar="DIR", type=Path, default=out, help=folder)
     return parser
 
 
 def console() -> Console:
     """Returns where to print, wide enough for a row of a table."""
+    from rich.console import Console
+
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = WIDTH

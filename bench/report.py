@@ -15,12 +15,12 @@ from pathlib import Path
 
 from bench import plots, results
 from bench.peers import OURS, PEERS
-from bench.results import Contention, Memory, Result, Row
+from bench.results import Contention, Gpu, Memory, Result, Row
 
 WIDTH = 120  # Of the lines in README.md.
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 SUITES = {"infer": "inference", "train": "training", "half": "half-precision inference"}
-ALL = (*SUITES, "tf", "sweep", "memory", "contention")
+ALL = (*SUITES, "tf", "sweep", "memory", "contention", "gpu")
 CELLS = {"lstm": "LSTM", "gru": "GRU"}
 
 Picked = dict[str, tuple[Path, Result]]  # Suite -> the file that it is taken from.
@@ -154,6 +154,47 @@ def contention(rows: Sequence[Contention], cores: int) -> list[str]:
     return ["", prose(text), "", *markdown(["case", *names], lines)]
 
 
+def gpu(measured: Gpu) -> list[str]:
+    """Returns what has been reached on a GPU, and each row in a table that opens on a click."""
+    bars = [
+        [
+            f"{bar.name}: {bar.regime}",
+            bar.peer,
+            bar.verdict,
+            f"{bar.must:.2f}",
+            f"{bar.worst:.2f}" if bar.worst is not None else "",
+            f"{bar.median:.2f}" if bar.median is not None else "",
+            f"{bar.measured} of {bar.cases}",
+        ]
+        for bar in measured.bars
+    ]
+    names = list(dict.fromkeys(name for row in measured.rows for name in row.ratios))
+    rows = [
+        [
+            row.id,
+            f"{row.us[OURS.name]:.2f}" if row.us else "failed",
+            *(f"{row.ratios[name]:.2f}" if name in row.ratios else "" for name in names),
+            f"{row.floor_fraction:.0%}" if row.floor_fraction is not None else "",
+        ]
+        for row in measured.rows
+    ]
+    failed = sum(bool(row.failed) for row in measured.rows)
+    name = measured.device["name"]
+    text = (
+        f"On one {name}: time of a peer over time of torchrnn, and what it must be in every "
+        f"row of a kind. Of {len(rows) + len(measured.not_run)} rows {len(rows)} were run; {failed} of them "
+        f"failed, and {len(measured.below)} were slower than torch.nn by more than 3 %. The floor comes from "
+        "a model of an H200, not from a measurement."
+    )
+    columns = ["kind", "against", "reached", "must", "worst", "median", "rows"]
+    head = f"<summary>Each row on {name}: microseconds per step</summary>"
+    titles = ["case", "us", *names, "of floor [model]"]
+    return [
+        *["", prose(text), "", *markdown(columns, bars, left=3)],
+        *["", "<details>", head, "", *markdown(titles, rows), "", "</details>"],
+    ]
+
+
 def sources(picked: Picked) -> list[str]:
     """Returns on what was measured, and the names of the files."""
     by_path: dict[Path, tuple[Result, list[str]]] = {}
@@ -163,6 +204,8 @@ def sources(picked: Picked) -> list[str]:
     for path, (result, suites) in by_path.items():
         versions = [f"{name} {text}" for name, text in result.versions.items() if name in names]
         on = f"{result.cores} cores of {result.machine}, torch {result.torch}"
+        if result.gpu:
+            on = "{name}, CUDA {cuda}, cuDNN {cudnn}, ".format_map(result.gpu.device) + on
         lines.append(prose(f"- `{path.name}` ({', '.join(suites)}): {', '.join([on, *versions])}"))
     return lines
 
@@ -198,6 +241,8 @@ def section(picked: Picked, images: Sequence[tuple[str, str]]) -> str:
     if "contention" in picked:
         result = picked["contention"][1]
         parts += contention(result.contention, result.cores)
+    if "gpu" in picked and (measured := picked["gpu"][1].gpu):
+        parts += gpu(measured)
     parts += ["", "Measured in `bench/results`:", "", *sources(picked)]
     return "\n".join(parts).strip() + "\n"
 

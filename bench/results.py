@@ -24,7 +24,7 @@ from bench.timing import Stats
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "bench" / "results"
-VERSIONS = ("numpy", "onnx", "onnxruntime", "openvino")
+VERSIONS = ("numpy", "onnx", "onnxruntime", "openvino", "triton", "flashrnn")
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,61 @@ class Contention:
         return self.together_maximum / self.alone.median
 
 
+@dataclass
+class GpuRow:
+    """One case on a GPU, filled while it is measured. Names are those of the peers; "torchrnn" is ours."""
+
+    id: str
+    case: dict[str, Any]  # The fields of Case.
+    bars: list[str]  # That it belongs to.
+    algorithm: str  # That torch.nn is expected to ask of cuDNN.
+    times: dict[str, Stats] = field(default_factory=dict)
+    us: dict[str, float] = field(default_factory=dict)  # Microseconds per step, medians.
+    ratios: dict[str, float] = field(default_factory=dict)  # Median of each other / that of "torchrnn".
+    floor: float | None = None  # Microseconds per step, from a model; None where the model does not reach.
+    floor_fraction: float | None = None  # Floor / ours.
+    errors: dict[str, float] = field(default_factory=dict)  # Against float64, on ``check_steps`` steps.
+    check_steps: int = 0
+    failed: dict[str, str] = field(default_factory=dict)  # What of ours is wrong or does not run, and why.
+    skipped: dict[str, str] = field(default_factory=dict)  # What else was not timed, and why.
+
+
+@dataclass(frozen=True)
+class GpuBar:
+    """What the rows of a bar have reached against a peer."""
+
+    name: str
+    regime: str
+    peer: str
+    must: float
+    measured: int
+    cases: int  # That belong to it, run or not.
+    failed: list[str]
+    worst: float | None
+    worst_id: str | None
+    median: float | None
+    met: bool | None  # By what was measured; None where nothing was.
+
+    @property
+    def verdict(self) -> str:
+        """Returns whether it is met, in words: not by a part of the rows alone."""
+        if self.met is None:
+            return "not run"
+        return "no" if not self.met else "yes" if self.measured == self.cases else "so far"
+
+
+@dataclass
+class Gpu:
+    """What was measured on a GPU, filled while it is."""
+
+    device: dict[str, Any]
+    rows: list[GpuRow] = field(default_factory=list)
+    not_run: list[str] = field(default_factory=list)  # For want of time.
+    bars: list[GpuBar] = field(default_factory=list)
+    below: list[str] = field(default_factory=list)  # Rows that are slower than torch.nn.
+    stopped: str = ""  # Why before the end, if not for want of time.
+
+
 @dataclass(frozen=True)
 class Result:
     """Everything one call of the bench measured, and on what."""
@@ -113,11 +168,12 @@ class Result:
     skipped: dict[str, str] = field(default_factory=dict)  # Peer -> why it did not run.
     memory: list[Memory] = field(default_factory=list)
     contention: list[Contention] = field(default_factory=list)  # ... and all before.
+    gpu: Gpu | None = None
 
     @property
     def suites(self) -> set[str]:
         """Returns what has been measured."""
-        extra = {name for name in ("memory", "contention") if getattr(self, name)}
+        extra = {name for name in ("memory", "contention", "gpu") if getattr(self, name)}
         return {row.group for row in self.rows} | extra
 
     @property
@@ -184,12 +240,17 @@ def machine() -> str:
     return ", ".join([name, *numbers, platform.system()])
 
 
+def dumps(result: Result) -> str:
+    """Returns the text of a result's file."""
+    return json.dumps(dataclasses.asdict(result), indent=1) + "\n"
+
+
 def save(result: Result, folder: Path = FOLDER) -> Path:
     """Writes a result to a new file named by date and commit, and returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     date = result.date[:16].replace(":", "")
     stem = f"{date}-{result.commit[:8]}{'-dirty' if result.dirty else ''}"
-    text = json.dumps(dataclasses.asdict(result), indent=1) + "\n"
+    text = dumps(result)
     for number in range(1, 1000):
         path = folder / f"{stem}{'' if number == 1 else f'-{number}'}.json"
         try:
@@ -212,7 +273,16 @@ def load(path: Path) -> Result:
             for c in content.get("contention", [])
         ],
     }
-    return Result(**{**content, **lists})
+    gpu_content = content.get("gpu")
+    return Result(**{**content, **lists, "gpu": gpu_content and gpu(gpu_content)})
+
+
+def gpu(content: dict[str, Any]) -> Gpu:
+    rows = [
+        GpuRow(**{**row, "times": {name: Stats(**stats) for name, stats in row["times"].items()}})
+        for row in content["rows"]
+    ]
+    return Gpu(**{**content, "rows": rows, "bars": [GpuBar(**bar) for bar in content["bars"]]})
 
 
 def run(content: dict[str, Any]) -> Run:

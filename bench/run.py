@@ -3,7 +3,7 @@
 python -m bench                                   # inference and training, half an hour on two cores
 python -m bench --filter 'gru.*train' --threads 1
 python -m bench --suite sweep                     # or half, or tf: TensorFlow 1's cells
-python -m bench memory | contention | report      # see their --help
+python -m bench memory | contention | gpu | report   # see their --help
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ QUIET_LOAD = 0.5
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = options.parser("", "Measures the speed of torchrnn against its peers.")
-    parser.epilog = "Other commands, each with its --help: python -m bench memory, contention, report."
+    parser.epilog = "Other commands, each with its --help: python -m bench memory, contention, gpu, report."
     add = parser.add_argument
     add("--suite", choices=[*SUITES, "all"], default="all", help="which cases [all: infer and train]")
     add("--threads", metavar="N,N", type=options.counts, default=[1, 2], help="numbers of threads [1,2]")

@@ -17,6 +17,8 @@ PAUSE = 2e-2
 MOST_REPEATS = 201
 LEAST_REPEATS = 5
 
+Sample = Callable[[Callable[[], object], int], float]
+
 
 @dataclass(frozen=True)
 class Stats:
@@ -50,11 +52,17 @@ def sample(function: Callable[[], object], calls: int) -> float:
     return time.perf_counter() - start
 
 
-def interleave(functions: Sequence[Callable[[], object]], budget: float, pause: float = 0.0) -> list[Stats]:
+def interleave(
+    functions: Sequence[Callable[[], object]],
+    budget: float,
+    pause: float = 0.0,
+    sample: Sample = sample,
+) -> list[Stats]:
     """Returns the times of the functions, measured in turns and in alternating order for ``budget`` seconds.
 
     One that takes longer than a fifth of the budget is still measured five times. With a ``pause`` each turn
     begins with that many idle seconds, and where a call is shorter than that, with one that does not count.
+    ``sample`` is the clock: it returns the seconds that a number of calls take.
     """
     for function in functions:  # The first call allocates, packs weights and starts threads.
         function()

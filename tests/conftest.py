@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,21 +16,55 @@ from torch import Tensor, nn
 import torchrnn
 from torchrnn import _native, ops, scan
 
+try:
+    import numpy as np
+except ImportError:  # A machine with a GPU may have no more than torch and pytest.
+    np = None  # type: ignore[assignment]
+
 SEED = 20240229
+NEEDS_CUDA = os.environ.get("FAIL_WITHOUT_CUDA", "0") not in ("", "0")
+"""Whether a test that is marked gpu fails where it would be skipped."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for text in (
+        "RNN module weights are not part of single contiguous",  # Of torch.nn, about its speed.
+        "Attempting to run cuBLAS, but there was no current CUDA context",  # Of a thread's first product.
+        "Please use the new API settings to control TF32",  # torch.backends has both forms.
+    ):
+        config.addinivalue_line("filterwarnings", f"ignore:{text}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if not NEEDS_CUDA or not item.get_closest_marker("gpu"):
+        return report
+    if report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome, report.longrepr = "failed", f"FAIL_WITHOUT_CUDA is set, and this is skipped: {reason}"
+    elif report.failed and "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:  # No later test of this process can run; xdist starts another one.
+            os._exit(1)
+    return report
 
 
 @pytest.fixture(autouse=True)
 def _reproducible() -> Iterator[None]:
     """Seeds every generator, and restores them and the number of threads."""
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    states = torch.get_rng_state(), random.getstate(), np and np.random.get_state()
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     torch.manual_seed(SEED)
-    np.random.seed(SEED)
     random.seed(SEED)
+    if np:
+        np.random.seed(SEED)
     yield
     torch.set_rng_state(states[0])
-    np.random.set_state(states[1])
-    random.setstate(states[2])
+    random.setstate(states[1])
+    if np:
+        np.random.set_state(states[2])
     torch.set_default_dtype(dtype)
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
@@ -38,22 +72,73 @@ def _reproducible() -> Iterator[None]:
 
 # Without kernels the ops themselves fall back to the reference; with them it is reached around the ops.
 PATHS = ["reference", *_native.ISAS] if _native.WHY_NOT is None else ["fallback"]
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
 @pytest.fixture(params=PATHS)
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Runs the test on the plain-torch reference and on the kernels of every instruction set."""
-    if request.param in ("reference", "fallback"):
-        if request.param == "reference":
-            for module in (ops, scan):
-                monkeypatch.setattr(module, "reference_only", lambda *_: True)
-        with one_thread():
-            yield request.param
-        return
-    if request.param not in _native.isas():
-        pytest.skip(f"{request.param}: this machine cannot run it")
-    with _native.use_isa(request.param):
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test on the plain-torch reference and on the CPU kernels of every instruction set."""
+    with use_cpu_path(request.param):
         yield request.param
+
+
+@pytest.fixture(params=[*PATHS, CUDA])
+def any_path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """As ``path``, and on the CUDA kernels too, where all that the test makes without a device is on CUDA."""
+    with use_device("cuda") if request.param == "cuda" else use_cpu_path(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["cpu", CUDA])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Runs the test on CPU and CUDA: all that it makes without a device is there."""
+    with use_device(request.param) as device:
+        yield device
+
+
+@contextlib.contextmanager
+def use_cpu_path(name: str) -> Iterator[None]:
+    """Runs what calls the ops on one of ``PATHS``."""
+    if name not in ("reference", "fallback"):
+        if name not in _native.isas():
+            pytest.skip(f"{name}: this machine cannot run it")
+        with _native.use_isa(name):
+            yield
+        return
+    with pytest.MonkeyPatch.context() as patch, one_thread():
+        if name == "reference":
+            for module in (ops, scan):
+                patch.setattr(module, "reference_only", lambda *_: True)
+        yield
+
+
+@contextlib.contextmanager
+def use_device(name: str) -> Iterator[torch.device]:
+    """Makes a device that of all new tensors, with full float32 products; skips where it has no kernels."""
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("needs CUDA")
+        if "cuda" not in torchrnn.info()["kernels"]:
+            pytest.skip(f"no kernels for CUDA: {torchrnn.info()['why_not_cuda']}")
+        # Memory that torch gives out after this holds NaN, as does then what a kernel leaves unwritten.
+        freed = [torch.full((size,), float("nan"), device=name) for size in (2**24, *[2**16] * 16)]
+        del freed
+    with torch.device(name) as device, use_tf32(False):
+        yield device
+
+
+@contextlib.contextmanager
+def use_tf32(allowed: bool) -> Iterator[None]:
+    """Lets products of float32 on CUDA be rounded to TF32 or not: ours, cuDNN's and cuBLAS's."""
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value
 
 
 def leaves(value: Any) -> list[Any]:
@@ -65,7 +150,9 @@ def leaves(value: Any) -> list[Any]:
     return [value]
 
 
-def assert_close_to_f64(ours: Any, theirs: Any, f64: Any, dtype: torch.dtype, label: str = "") -> None:
+def assert_close_to_f64(
+    ours: Any, theirs: Any, f64: Any, dtype: torch.dtype, label: str = "", eps: float | None = None
+) -> None:
     """Asserts ``max|ours - f64| <= 2 max|theirs - f64| + 8 eps(dtype) max|f64|``, the rule of all tests.
 
     Args:
@@ -74,7 +161,9 @@ def assert_close_to_f64(ours: Any, theirs: Any, f64: Any, dtype: torch.dtype, la
         f64: The same from ``torch.nn`` in float64.
         dtype: The dtype that ``ours`` and ``theirs`` must have; tensors of integers must be equal.
         label: What is compared, for the message.
+        eps: Replaces that of dtype where products are rounded to less, as to TF32.
     """
+    eps = eps or torch.finfo(dtype).eps
     triples = list(zip(leaves(ours), leaves(theirs), leaves(f64), strict=True))
     for i, (our, their, exact) in enumerate(triples):
         name = f"{label or 'tensor'} {i + 1} of {len(triples)}"
@@ -94,7 +183,7 @@ def assert_close_to_f64(ours: Any, theirs: Any, f64: Any, dtype: torch.dtype, la
             (result.detach().double() - exact.detach()).abs().max().item() for result in (our, their)
         )
         scale = exact.detach().abs().max().item()
-        bound = 2 * their_error + 8 * torch.finfo(dtype).eps * scale
+        bound = 2 * their_error + 8 * eps * scale
         # Written so that a NaN fails.
         assert our_error <= bound, (
             f"{name}, {list(our.shape)} {dtype}: max error {our_error:.3e} of ours is above {bound:.3e}; "
@@ -104,10 +193,13 @@ def assert_close_to_f64(ours: Any, theirs: Any, f64: Any, dtype: torch.dtype, la
 
 def gradients(module: nn.Module, results: Any, *inputs: Any) -> dict[str, Tensor | None]:
     """Returns the gradients of a fixed random functional of ``results`` by parameters and inputs."""
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator("cpu").manual_seed(SEED)
     outputs = [leaf for leaf in leaves(results) if isinstance(leaf, Tensor) and leaf.requires_grad]
     # Rounded to bfloat16, so that the gradients that go in are the same numbers in every dtype.
-    weights = [torch.randn(leaf.shape, generator=generator).bfloat16().double() for leaf in outputs]
+    weights = [
+        torch.randn(leaf.shape, generator=generator, device="cpu").bfloat16().double().to(leaf.device)
+        for leaf in outputs
+    ]
     wanted = dict(module.named_parameters())
     for i, leaf in enumerate(leaves(inputs)):
         if isinstance(leaf, Tensor) and leaf.requires_grad:
@@ -167,6 +259,7 @@ class Trio(NamedTuple):
         *inputs: Any,
         dtype: torch.dtype = torch.float32,
         through: Callable[..., Any] = lambda module, *inputs: module(*inputs),
+        eps: float | None = None,
         **extras: Any,
     ) -> Any:
         """Asserts that results and all gradients agree, and returns ours.
@@ -175,6 +268,7 @@ class Trio(NamedTuple):
             *inputs: Of the call; leaves that require a gradient are compared too.
             dtype: Of the module and the inputs.
             through: How torch.nn's modules come to what ours returns at once.
+            eps: As of ``assert_close_to_f64``.
             **extras: Keyword arguments for ours only.
         """
         exact_inputs = doubled(inputs)
@@ -185,14 +279,16 @@ class Trio(NamedTuple):
             their_result, exact = through(self.theirs, *their_inputs), through(self.exact, *exact_inputs)
             theirs = gradients(self.theirs, their_result, *their_inputs)
             doubles = gradients(self.exact, exact, *exact_inputs)
-        assert_close_to_f64(result, their_result, exact, dtype, "result")
+        assert_close_to_f64(result, their_result, exact, dtype, "result", eps)
         with torch.no_grad():  # Once while the weights may not be packed yet, and once when they are.
             for call in ("first", "second"):
                 inferred = self.ours(*inputs, **extras)
-                assert_close_to_f64(inferred, their_result, exact, dtype, f"result of the {call} inference")
+                assert_close_to_f64(
+                    inferred, their_result, exact, dtype, f"result of the {call} inference", eps
+                )
         assert list(ours) == list(theirs) == list(doubles)
         for name in ours:
-            assert_close_to_f64(ours[name], theirs[name], doubles[name], dtype, f"gradient of {name}")
+            assert_close_to_f64(ours[name], theirs[name], doubles[name], dtype, f"gradient of {name}", eps)
         return result
 
 

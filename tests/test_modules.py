@@ -143,7 +143,7 @@ def test_state_of_old_torch_versions_is_accepted() -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("options", SHAPES, ids=str)
-def test_results_and_gradients_are_those_of_torch(path: str, name: str, options: dict[str, Any]) -> None:
+def test_results_and_gradients_are_those_of_torch(any_path: str, name: str, options: dict[str, Any]) -> None:
     modules = trio(lambda library: getattr(library, name)(3, 5, **options))
     rows = options.get("num_layers", 1) * (1 + options.get("bidirectional", False))
     x = torch.randn(2, 4, 3) if options.get("batch_first") else torch.randn(4, 2, 3)
@@ -151,7 +151,7 @@ def test_results_and_gradients_are_those_of_torch(path: str, name: str, options:
     modules.check(x, state(name, rows, 2, 5, requires_grad=True))
 
 
-def test_projection_and_relu_are_those_of_torch(path: str) -> None:
+def test_projection_and_relu_are_those_of_torch(any_path: str) -> None:
     x = torch.randn(4, 2, 3, requires_grad=True)
     lstm = trio(lambda library: library.LSTM(3, 5, 2, bidirectional=True, proj_size=2))
     lstm.check(x, (torch.randn(4, 2, 2, requires_grad=True), torch.randn(4, 2, 5, requires_grad=True)))
@@ -170,7 +170,7 @@ def test_unbatched_input(name: str, batch_first: bool) -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_batch_of_no_rows(path: str, name: str, batch_first: bool) -> None:
+def test_batch_of_no_rows(any_path: str, name: str, batch_first: bool) -> None:
     options = {"num_layers": 2, "bidirectional": True, "batch_first": batch_first}
     modules = trio(lambda library: getattr(library, name)(3, 5, **options))
     x = torch.randn((0, 4, 3) if batch_first else (4, 0, 3), requires_grad=True)
@@ -181,7 +181,7 @@ def test_batch_of_no_rows(path: str, name: str, batch_first: bool) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_strides_do_not_matter(path: str, name: str) -> None:
+def test_strides_do_not_matter(any_path: str, name: str) -> None:
     modules = trio(lambda library: getattr(library, name)(3, 5, 1, bidirectional=True))
     x = torch.randn(3, 9, 4)[:, ::2].permute(2, 1, 0)[:, :2].requires_grad_()
     h = torch.randn(5, 2, 2).permute(1, 2, 0).requires_grad_()
@@ -192,7 +192,7 @@ def test_strides_do_not_matter(path: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_nothing_of_the_caller_is_modified(path: str, name: str) -> None:
+def test_nothing_of_the_caller_is_modified(any_path: str, name: str) -> None:
     layer = getattr(torchrnn, name)(3, 5, 2, bidirectional=True)
     x, hx = torch.randn(4, 2, 3, requires_grad=True), state(name, 4, 2, 5, requires_grad=True)
     lengths, resets = torch.tensor([2, 4]), torch.rand(4, 2) < 0.5
@@ -265,7 +265,7 @@ def test_functional_call_uses_the_given_parameters(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", LAYERS)
-def test_other_dtypes(path: str, name: str, dtype: torch.dtype) -> None:
+def test_other_dtypes(any_path: str, name: str, dtype: torch.dtype) -> None:
     modules = trio(lambda library: getattr(library, name)(3, 5), dtype)
     y, _ = modules.check(torch.randn(4, 2, 3, dtype=dtype), dtype=dtype)
     assert y.dtype == dtype
@@ -301,7 +301,7 @@ def test_forget_bias_sets_the_forget_gate_only() -> None:
     assert pickle.loads(pickle.dumps(lstm)).forget_bias == 1.5
 
 
-def test_reset_before_is_the_equation_of_the_paper(path: str) -> None:
+def test_reset_before_is_the_equation_of_the_paper(any_path: str) -> None:
     gru = torchrnn.GRU(3, 5, reset_after=False).double()
     x, h = torch.randn(4, 2, 3, dtype=torch.float64), torch.zeros(2, 5, dtype=torch.float64)
     y, h_n = gru(x)

@@ -68,7 +68,7 @@ def states(layer: nn.RNNBase, batch: int, dtype: torch.dtype) -> Any:
 def run_padded(layer: nn.Module, x: Tensor, hx: Any, lengths: Tensor) -> Any:
     """Runs torch.nn on padded rows by packing them."""
     first = layer.batch_first
-    packed = pack_padded_sequence(x, lengths, batch_first=first, enforce_sorted=False)
+    packed = pack_padded_sequence(x, lengths.cpu(), batch_first=first, enforce_sorted=False)
     out, state = layer(packed, hx)
     return pad_packed_sequence(out, batch_first=first, total_length=x.size(1 if first else 0))[0], state
 
@@ -83,7 +83,7 @@ def forms() -> Iterator[tuple[bool, bool, str]]:
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("name", LAYERS)
 def test_layer_matches_torch(
-    path: str, name: str, layers: int, bidirectional: bool, dtype: torch.dtype
+    any_path: str, name: str, layers: int, bidirectional: bool, dtype: torch.dtype
 ) -> None:
     for i, (bias, batch_first, form) in enumerate(forms()):
         steps, batch, inputs, hidden = SIZES[i % len(SIZES)]
@@ -112,7 +112,7 @@ def test_layer_matches_torch(
             )
         else:
             lengths[0] = steps
-            packed = pack_padded_sequence(x, lengths, batch_first=batch_first, enforce_sorted=False)
+            packed = pack_padded_sequence(x, lengths.cpu(), batch_first=batch_first, enforce_sorted=False)
             three.check(packed, hx, dtype=dtype)
 
 
@@ -122,7 +122,7 @@ def test_layer_matches_torch(
 )
 @pytest.mark.parametrize("name", LAYERS)
 def test_layer_matches_torch_at_odd_sizes(
-    path: str, name: str, sizes: tuple[int, int, int, int], dtype: torch.dtype
+    any_path: str, name: str, sizes: tuple[int, int, int, int], dtype: torch.dtype
 ) -> None:
     steps, batch, inputs, hidden = sizes
     three = build(name, inputs, hidden + (name == "lstm-proj"), dtype, bidirectional=True)
@@ -131,7 +131,7 @@ def test_layer_matches_torch_at_odd_sizes(
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_layer_matches_torch_when_hidden_is_1025(path: str, name: str) -> None:
+def test_layer_matches_torch_when_hidden_is_1025(any_path: str, name: str) -> None:
     three = build(name, 7, 1025, torch.float32)
     x = torch.randn(3, 9, 7, requires_grad=True)
     three.check(x, states(three.theirs, 9, torch.float32))

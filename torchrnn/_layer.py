@@ -57,7 +57,9 @@ class _Packing:
         """Reads off the layout; B counts rows of length zero if ``sorted_indices`` names them."""
         data, sizes, order, inverse = packed
         batch = int(sizes[0]) if order is None else order.numel()
-        alive = torch.arange(batch) < sizes.unsqueeze(1)  # [T, B], columns in the order of falling length
+        alive = torch.arange(batch, device=sizes.device) < sizes.unsqueeze(
+            1
+        )  # [T, B], columns in the order of falling length
         step, column = (index.to(data.device) for index in alive.nonzero(as_tuple=True))
         if step.numel() != data.size(0) or bool((sizes[1:] > sizes[:-1]).any()):
             raise RuntimeError(
@@ -328,7 +330,8 @@ class Layer(nn.RNNBase):
             )
         if isinstance(lengths, Tensor):
             return lengths
-        return torch.tensor(lengths, dtype=None if len(lengths) else torch.int64)
+        # On the CPU whatever the default device: there their values can be checked.
+        return torch.tensor(lengths, dtype=None if len(lengths) else torch.int64, device="cpu")
 
     def _check_resets(self, resets: Tensor, input: Tensor) -> Tensor:
         """Returns resets as [T, B]; the dtype is checked in ``ops``."""

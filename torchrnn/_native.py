@@ -1,5 +1,7 @@
 """Loads the compiled kernels and tells what is loaded.
 
+There are two libraries: ``_C`` for the CPU, and ``_C_cuda``, which only a torch with CUDA can load.
+
 Environment, read once at import: ``TORCHRNN_PURE=1`` leaves the kernels unloaded; ``TORCHRNN_ISA`` (generic,
 avx2 or avx512) forces the instruction set of the CPU kernels.
 """
@@ -26,19 +28,23 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """What every path computes with."""
 
 
-def _load() -> str | None:
-    """Loads ``_C``; returns None, or the reason why it is not there."""
+def _load(library: str, device: str) -> str | None:
+    """Loads ``_C`` or ``_C_cuda``; returns None, or the reason why it is not there."""
     if os.environ.get("TORCHRNN_PURE", "0") not in ("", "0"):
         return "TORCHRNN_PURE is set"
+    if device == "cuda" and (torch.version.cuda is None or not torch.backends.cuda.is_built()):
+        return "torch is without CUDA"
     try:
-        importlib.import_module("torchrnn._C")
+        importlib.import_module(f"torchrnn.{library}")
     except ImportError as error:  # Not built, built for another platform, or its symbols do not resolve.
-        warnings.warn(
-            "torchrnn runs on its pure-torch reference, which is slow: the kernels are not loaded "
-            f"({error}). torchrnn.info() tells more.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        # torch comes with CUDA to many machines that have no GPU and need no kernels for one.
+        if device == "cpu" or torch.cuda.device_count() > 0:
+            warnings.warn(
+                f"torchrnn runs on its pure-torch reference on {device}, which is slow: the kernels are not "
+                f"loaded ({error}). torchrnn.info() tells more.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -83,15 +89,16 @@ def info() -> dict[str, Any]:
     """Returns what is loaded, as a dict made for reading.
 
     Returns:
-        ``version``, ``torch``, ``kernels`` (devices with compiled kernels), ``why_not`` (the reason if there
-        are none), ``isa`` (instruction set in use), ``isas`` (those this machine can run), ``dtypes`` and
-        ``threads``.
+        ``version``, ``torch``, ``kernels`` (types of devices with compiled kernels), ``why_not`` and
+        ``why_not_cuda`` (the reason if there are none for the CPU or for CUDA), ``isa`` (instruction set in
+        use), ``isas`` (those this machine can run), ``dtypes`` and ``threads``.
     """
     return {
         "version": importlib.metadata.version("torchrnn"),
         "torch": torch.__version__,
-        "kernels": [] if WHY_NOT else ["cpu"],
+        "kernels": [name for name, why in (("cpu", WHY_NOT), ("cuda", WHY_NOT_CUDA)) if why is None],
         "why_not": WHY_NOT,
+        "why_not_cuda": WHY_NOT_CUDA,
         "isa": isa(),
         "isas": isas(),
         "dtypes": [str(dtype).removeprefix("torch.") for dtype in DTYPES],
@@ -99,8 +106,11 @@ def info() -> dict[str, Any]:
     }
 
 
-WHY_NOT = _load()
-"""Why the compiled kernels are not loaded, or None if they are."""
+WHY_NOT = _load("_C", "cpu")
+"""Why the kernels for the CPU are not loaded, or None if they are."""
+
+WHY_NOT_CUDA = _load("_C_cuda", "cuda")
+"""Why the kernels for CUDA are not loaded, or None if they are."""
 
 if WHY_NOT is None and os.environ.get("TORCHRNN_ISA"):
     try:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchrnn import reference
+from torchrnn import cuda, reference
 from torchrnn.checks import check, transformed
 from torchrnn.options import ACTIVATIONS, CELLS, Options
 from torchrnn.packing import PackedLayer, PackedWeights, in_order
@@ -28,7 +28,11 @@ _TENSORS = (
     "Tensor? mask_h, Tensor? mask_c, Tensor? zoneout_h, Tensor? zoneout_c"
 )
 # Cell and activation are codes: a str argument would cost an allocation that torch's stable ABI never frees.
-_OPTIONS = "int cell, int activation, float? cell_clip, float? proj_clip, float norm_eps, bool reverse"
+# tf32 and path are CUDA's: ``scalars`` tells what they are.
+_OPTIONS = (
+    "int cell, int activation, float? cell_clip, float? proj_clip, float norm_eps, bool reverse, "
+    "bool tf32, int path"
+)
 
 _LIBRARY = torch.library.Library("torchrnn", "FRAGMENT")
 _LIBRARY.define(
@@ -103,7 +107,7 @@ def layer(
         if made is not None:
             y, h_n, c_n = layer_packed(made, a.x, a.h0, a.c0, lengths=a.lengths, resets=a.resets)
             return y, None, h_n, c_n
-    flat = (*a, *scalars(options), all_states)
+    flat = (*a, *scalars(options, a.x), all_states)
     if torch.is_grad_enabled() and requires_grad(a):
         y, c_all, h_n, c_n, _ = torch.ops.torchrnn.layer(*flat)
     else:
@@ -151,8 +155,10 @@ def layer_packed(
     return results
 
 
-def scalars(options: Options) -> tuple[Any, ...]:
-    """Returns the options as the schemas have them; ``_unflatten`` undoes it."""
+def scalars(options: Options, x: Tensor) -> tuple[Any, ...]:
+    """Returns the options as the schemas have them, for a call with this x; ``_unflatten`` undoes it."""
+    # CPU kernels read neither, and a small call would feel the questions.
+    tf32, path = (False, 0) if x.is_cpu else (cuda.allows_tf32(), cuda.forced())
     return (
         CELLS[options.cell].code,
         ACTIVATIONS[options.activation],
@@ -160,6 +166,8 @@ def scalars(options: Options) -> tuple[Any, ...]:
         options.proj_clip,
         options.norm_eps,
         options.reverse,
+        tf32,
+        path,
     )
 
 
@@ -205,7 +213,7 @@ def autocast(a: Arguments) -> Arguments:
 
 def _unflatten(args: tuple[Any, ...]) -> tuple[Arguments, Options]:
     """Turns tensors and options, as the schemas have them, back into objects."""
-    cell, activation, cell_clip, proj_clip, norm_eps, reverse = args[_TENSOR_COUNT : _TENSOR_COUNT + 6]
+    cell, activation, cell_clip, proj_clip, norm_eps, reverse, *_ = args[_TENSOR_COUNT:]
     a = Arguments._make(args[:_TENSOR_COUNT])
     return a, Options(
         _CELL_NAMES[cell], _ACTIVATION_NAMES[activation], cell_clip, proj_clip, norm_eps, reverse

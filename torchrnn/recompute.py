@@ -50,7 +50,7 @@ class _Recomputed(torch.autograd.Function):
         ctx: Any, a: Arguments, options: Options, *variables: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         y, c_all, h_n, c_n = torch.ops.torchrnn.layer_infer(
-            *a, *ops.scalars(options), CELLS[options.cell].memory
+            *a, *ops.scalars(options, a.x), CELLS[options.cell].memory
         )
         chunk = max(1, -(-CHUNK_ROWS // max(1, a.x.size(1))))
         directions = [_Direction(a, options, d, chunk) for d in range(len(a.weight_hh))]
@@ -174,7 +174,7 @@ class _Direction:
         """Returns the gradients by this direction's arguments, chunk by chunk from the last to the first."""
         a, total = self.a, None
         dx = a.x.new_empty(a.x.shape if need_dx else 0)
-        scalars = ops.scalars(self.options)
+        scalars = ops.scalars(self.options, a.x)
         for (begin, end), state in zip(self.chunks[::-1], states[::-1], strict=True):
             keeps = self.keeps(end)
             h0, c0 = (s if s is None or keeps is None else s * keeps for s in state)

@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from torchrnn._explain import explain_layer, explain_ops
+from torchrnn._layer import Layer
+from torchrnn.cells import Cell
 from torchrnn.rnn_cell.base import (
     Nest,
     RNNCell,
@@ -52,14 +55,35 @@ def stepwise() -> Iterator[None]:
         _STEPWISE.reset(token)
 
 
-def explain(cell: Any) -> str:
-    """Returns, a line per part of a cell, how the unrolling functions run it over a sequence, and why.
+def explain(module: Any, input: Any = None) -> str:
+    """Returns how a layer or a cell runs, and why: which kernels, or why none.
 
-    It goes by the mode that the cell is in, and by whether gradients are recorded. Cells inside one that runs
-    step by step have no lines. ``raw_rnn``, and all functions in ``stepwise``, call cells step by step.
+    It goes by the mode that the module is in, and by what is active at the time: whether gradients are
+    recorded, autocast, transforms.
+
+    Args:
+        module: A ``torchrnn.LSTM``, ``GRU`` or ``RNN``, or one of their cells: there is one line. Or a cell
+            for the unrolling functions: there is a line for each of its parts, on how they run it over a
+            sequence. Cells inside one that runs step by step have no lines. ``raw_rnn``, and all functions in
+            ``stepwise``, call cells step by step.
+        input: An example of what the module is called with; sizes, dtype and device count, but not values.
+            Required for a layer. For a cell the inputs of a sequence, in any layout: then a last line says
+            where the ops run that the other lines speak of.
+
+    Raises:
+        TypeError: If the module is neither, or the input has no tensor.
+        ValueError: If a layer does not take the input.
     """
-    assert_cell(cell)
-    return "\n".join("  " * (depth - 1) + text for depth, text in nested(cell))
+    if isinstance(module, Layer | Cell):
+        return explain_layer(module, input)
+    assert_cell(module, "module")
+    lines = ["  " * (depth - 1) + text for depth, text in nested(module)]
+    if input is not None:
+        leaves = pytree.tree_leaves(input)
+        if not all(isinstance(leaf, Tensor) for leaf in leaves) or not leaves:
+            raise TypeError(f"explain: input must be a nest of tensors, got {type(input).__name__}")
+        lines.append(explain_ops(module, leaves[0]))
+    return "\n".join(lines)
 
 
 # One direction --------------------------------------------------------------------------------------------

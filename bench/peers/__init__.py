@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,6 +27,7 @@ __all__ = [
     "Problem",
     "Run",
     "TorchLayer",
+    "deviations",
     "errors",
     "lengths_forward",
     "make_problem",
@@ -90,9 +92,9 @@ ERROR_FLOPS = 2e9
 ERROR_STEPS = 4
 
 
-def shortened(case: Case) -> Case:
+def shortened(case: Case, flops: float = ERROR_FLOPS) -> Case:
     """Returns the case with as many steps as a run in float64 can afford."""
-    affordable = int(case.steps * ERROR_FLOPS / case.flops)
+    affordable = int(case.steps * flops / case.flops)
     return dataclasses.replace(case, steps=min(case.steps, max(ERROR_STEPS, affordable)))
 
 
@@ -103,11 +105,12 @@ def errors(case: Case, peers: Iterable[Peer]) -> dict[str, float]:
     """
     problem = make_problem(dataclasses.replace(shortened(case), keep=1.0))
     exact = (EXACT_CELLS if EXACT_CELLS.supports(case) else EXACT).prepare(problem)()
-    return {
-        peer.name: max(
-            float((torch.as_tensor(value).double() - true).abs().max() / true.abs().max())
-            for value, true in zip(peer.prepare(problem)(), exact, strict=True)
-        )
-        for peer in peers
-        if peer is not PLAIN
-    }
+    return {peer.name: max(deviations(peer.prepare(problem)(), exact)) for peer in peers if peer is not PLAIN}
+
+
+def deviations(values: Sequence[Any], exact: Sequence[Any]) -> list[float]:
+    """Returns the largest error of each tensor, relative to its largest value."""
+    return [
+        float((torch.as_tensor(value).double() - true).abs().max() / true.abs().max())
+        for value, true in zip(values, exact, strict=True)
+    ]

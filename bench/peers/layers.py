@@ -68,8 +68,10 @@ class TorchLayer:
     def prepare(self, problem: Problem) -> Run:
         case = problem.case
         dtype = self.dtype or problem.x.dtype
-        layer = make_layer(self.layers[case.cell], case, dtype=dtype, **self.options)
+        options = {"dtype": dtype, "device": problem.x.device, **self.options}
+        layer = make_layer(self.layers[case.cell], case, **options)
         layer.load_state_dict(problem.weights)
+        layer.train(case.mode == "train")  # cuDNN keeps what backward needs in training, gradients or not.
         parameters: list[Tensor] = list(layer.parameters())
         x, dy = problem.x.to(dtype, copy=True), problem.dy.to(dtype)
         states = tuple(part.to(dtype) for part in problem.state)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -121,6 +120,8 @@ def build(problem: Problem) -> bytes:
 
 def feed(problem: Problem) -> dict[str, Any]:
     """Returns the inputs of the model by name."""
+    import numpy as np
+
     inputs = {"x": problem.x.numpy()}
     if problem.lengths is not None:
         inputs["lengths"] = problem.lengths.numpy().astype(np.int32)

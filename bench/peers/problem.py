@@ -32,10 +32,10 @@ class Problem:
     weights: dict[str, Tensor]  # With the names and layout of torch.nn; other cells have their own.
 
 
-def make_problem(case: Case) -> Problem:
-    """Returns the tensors of a case, the same ones at every call."""
+def make_problem(case: Case, device: str = "cpu") -> Problem:
+    """Returns the tensors of a case, the same ones at every call; lengths are on the CPU."""
     dtype, bound = getattr(torch, case.dtype), 1 / math.sqrt(case.hidden)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[] if device == "cpu" else [device]), torch.device(device):
         torch.manual_seed(0)
         x = torch.randn(case.steps, case.batch, case.inputs).to(dtype)
         dy = torch.randn(case.steps, case.batch, case.directions * case.hidden).to(dtype)

@@ -2,10 +2,8 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <cmath>
-
-#include "checks.h"
 #include "cpu/tensors.h"
+#include "dropout_arguments.h"
 
 namespace torchrnn {
 namespace cpu {
@@ -14,17 +12,11 @@ namespace {
 // Below this many numbers a thread is not worth starting.
 constexpr int64_t kNumbersPerThread = 1 << 15;
 
-// One number that stands for all is not spread out: a whole mask is made of a one, say.
-bool is_one_number(const Tensor& x) {
-  for (int64_t d = 0; d < x.dim(); ++d)
-    if (x.size(d) != 1 && x.stride(d) != 0) return false;
-  return true;
-}
-
 template <typename T>
 Tensor dropped(const Tensor& x, const Tensor& seed, double keep) {
   Widened<T> wide(wide_type(x));
   DropoutParams<T> p{};
+  p.threshold = dropout_threshold(seed, keep);
   p.count = x.numel();
   if (p.count == 0) return torch::stable::new_empty(x, x.sizes());
   // Other dtypes are spread out all the same, as conversion does not keep the strides of 0.
@@ -33,7 +25,6 @@ Tensor dropped(const Tensor& x, const Tensor& seed, double keep) {
   const Tensor y = torch::stable::new_empty(x, x.sizes(), wide_type(x));
   p.y = y.template mutable_data_ptr<T>();
   p.seed = uint64_t(*seed.const_data_ptr<int64_t>());
-  p.threshold = uint32_t(std::ceil((1 - keep) * 0x1p32));
   p.scale = T(1) / T(keep);
   const int threads = p.count < kNumbersPerThread ? 1 : int(torch::stable::get_num_threads());
   if constexpr (sizeof(T) == sizeof(float))
@@ -44,8 +35,6 @@ Tensor dropped(const Tensor& x, const Tensor& seed, double keep) {
 }
 
 Tensor dropout(const Tensor& x, const Tensor& seed, double keep) {
-  STD_TORCH_CHECK(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long, "seed must be one int64");
-  STD_TORCH_CHECK(keep >= 0x1p-32 && keep <= 1, "keep must be in 2^-32..1, got ", keep);
   return wide_type(x) == ScalarType::Double ? dropped<double>(x, seed, keep) : dropped<float>(x, seed, keep);
 }
 

@@ -8,11 +8,11 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "checks.h"
 #include "cpu/tensors.h"
 
@@ -36,114 +36,46 @@ int team_size(const LayerParams<T>& p, int64_t gates) {
 // Tensors to pointers
 // -----------------------------------------------------------------------------------------------
 
-struct CellInfo {
-  int64_t gates, tape;
-  bool memory;
-};
-
-CellInfo cell_info(int64_t cell) {
-  switch (Cell(cell)) {
-    case Cell::kLstm:
-      return {4, 5, true};
-    case Cell::kGru:
-      return {3, 4, false};
-    case Cell::kGruResetBefore:
-      return {3, 3, false};
-    case Cell::kRnn:
-      return {1, 1, false};
-    case Cell::kLstmCoupled:
-      return {3, 4, true};
-  }
-  STD_TORCH_CHECK(false, "cell ", cell, " is not known");
-}
-
-// What the ops have in common, in the order of their schemas.
-struct Arguments {
-  const Tensor& x;
-  const Tensors &weight_ih, &weight_hh, &bias_ih, &bias_hh, &weight_hr, &peephole, &norm_gain, &norm_shift;
-  const MaybeTensor &h0, &c0, &lengths, &resets, &mask_h, &mask_c, &zoneout_h, &zoneout_c;
-  int64_t cell, activation;
-  std::optional<double> cell_clip, proj_clip;
-  double norm_eps;
-  bool reverse;
-};
-
 template <typename T>
 void set_sequences(LayerParams<T>& p, Widened<T>& wide, const MaybeTensor& lengths,
                    const MaybeTensor& resets) {
-  if (lengths.has_value()) RNN_CHECK_SHAPE(*lengths, p.batch);
   p.lengths = wide.template dense_as<int64_t>(lengths, ScalarType::Long);
   for (int64_t b = 0; p.lengths != nullptr && b < p.batch; ++b)
     STD_TORCH_CHECK(p.lengths[b] >= 0 && p.lengths[b] <= p.steps, "lengths must be in 0..T=", p.steps,
                     ", got ", p.lengths[b]);
-  if (resets.has_value()) RNN_CHECK_SHAPE(*resets, p.steps, p.batch);
   p.resets = wide.template dense_as<bool>(resets, ScalarType::Bool);
 }
 
 template <typename T>
 LayerParams<T> layer_params(const Arguments& a, Widened<T>& wide) {
   LayerParams<T> p{};
-  const CellInfo info = cell_info(a.cell);
   p.cell = Cell(a.cell);
   p.activation = Activation(a.activation);
-  p.directions = a.weight_hh.size();
-  STD_TORCH_CHECK(p.directions >= 1 && p.directions <= kMaxDirections, "1 or 2 directions are needed");
-  p.steps = a.x.size(0), p.batch = a.x.size(1), p.inputs = a.x.size(2);
-  p.hidden = a.weight_hh[0].size(0) / info.gates, p.outputs = a.weight_hh[0].size(1);
+  const Sizes sizes = checked_sizes(a);
+  p.steps = sizes.steps, p.batch = sizes.batch, p.inputs = sizes.inputs;
+  p.hidden = sizes.hidden, p.outputs = sizes.outputs, p.directions = sizes.directions;
   p.reverse = a.reverse;
   p.projected = !a.weight_hr.empty();
 
   const Tensor x = wide.rows(a.x);
   p.x = x.template const_data_ptr<T>();
   p.x_stride_t = x.stride(0), p.x_stride_b = x.stride(1);
-  const int64_t rows = info.gates * p.hidden;
   for (int64_t d = 0; d < p.directions; ++d) {
-    RNN_CHECK_SHAPE(a.weight_ih.at(d), rows, p.inputs);
-    RNN_CHECK_SHAPE(a.weight_hh[d], rows, p.outputs);
-    if (!a.bias_ih.empty()) RNN_CHECK_SHAPE(a.bias_ih.at(d), rows);
-    if (!a.bias_ih.empty()) RNN_CHECK_SHAPE(a.bias_hh.at(d), rows);
-    if (p.projected) RNN_CHECK_SHAPE(a.weight_hr.at(d), p.outputs, p.hidden);
     auto& w = p.weights[d];
     w.weight_ih = wide.dense(a.weight_ih, d), w.weight_hh = wide.dense(a.weight_hh, d);
     w.bias_ih = wide.dense(a.bias_ih, d), w.bias_hh = wide.dense(a.bias_hh, d);
-    w.weight_hr = wide.dense(a.weight_hr, d);
-    if (!a.peephole.empty()) RNN_CHECK_SHAPE(a.peephole.at(d), 3, p.hidden);
-    w.peephole = wide.dense(a.peephole, d);
-    if (!a.norm_gain.empty()) {
-      RNN_CHECK_SHAPE(a.norm_gain.at(d), info.gates + 1, p.hidden);
-      RNN_CHECK_SHAPE(a.norm_shift.at(d), info.gates + 1, p.hidden);
-      STD_TORCH_CHECK(p.cell == Cell::kLstm, "no CPU kernel serves layer normalisation of this cell");
-    }
+    w.weight_hr = wide.dense(a.weight_hr, d), w.peephole = wide.dense(a.peephole, d);
     w.norm_gain = wide.dense(a.norm_gain, d), w.norm_shift = wide.dense(a.norm_shift, d);
   }
-  if (a.h0.has_value()) RNN_CHECK_SHAPE(*a.h0, p.directions, p.batch, p.outputs);
-  if (a.c0.has_value()) RNN_CHECK_SHAPE(*a.c0, p.directions, p.batch, p.hidden);
   p.h0 = wide.dense(a.h0), p.c0 = wide.dense(a.c0);
   set_sequences(p, wide, a.lengths, a.resets);
 
-  const auto mask = [&](const MaybeTensor& tensor, int64_t size, int64_t& steps) {
-    if (tensor.has_value()) {
-      steps = tensor->size(1);
-      RNN_CHECK_SHAPE(*tensor, p.directions, steps == 1 ? 1 : p.steps, p.batch, size);
-    }
-    return wide.dense(tensor);
-  };
-  p.mask_h = mask(a.mask_h, p.outputs, p.mask_h_steps);
-  p.mask_c = mask(a.mask_c, p.hidden, p.mask_c_steps);
+  p.mask_h = wide.dense(a.mask_h), p.mask_c = wide.dense(a.mask_c);
+  p.mask_h_steps = a.mask_h.has_value() ? a.mask_h->size(1) : 0;
+  p.mask_c_steps = a.mask_c.has_value() ? a.mask_c->size(1) : 0;
   p.cell_clip = bound<T>(a.cell_clip), p.proj_clip = bound<T>(a.proj_clip);
-
-  // ops.py sends calls with these to the reference; a kernel that ignored one would be wrong in silence.
   p.norm_eps = T(a.norm_eps);
-  STD_TORCH_CHECK(!a.zoneout_h.has_value() && !a.zoneout_c.has_value(),
-                  "no CPU kernel serves this variation");
   return p;
-}
-
-// Values per row and step of the tape, as params.h has them.
-template <typename T>
-int64_t tape_size(const Arguments& a, const LayerParams<T>& p) {
-  return cell_info(a.cell).tape * p.hidden + (a.norm_gain.empty() ? 0 : p.hidden + 5) +
-         (std::isfinite(p.proj_clip) ? p.outputs : 0);
 }
 
 // Ops
@@ -236,7 +168,9 @@ Tensor pack(const Tensors& weight_ih, const Tensors& weight_hh, const Tensors& b
                                             std::nullopt,
                                             std::nullopt,
                                             0.0,
-                                            false},
+                                            false,
+                                            false,
+                                            0},
                                            wide);
   const Tensor packed = empty({kHeader + run_pack<T>(p, nullptr)}, dtype);
   T* out = packed.template mutable_data_ptr<T>();
@@ -276,6 +210,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_packed(const Tensor& x, const Tensor&
   p.x_stride_t = rows.stride(0), p.x_stride_b = rows.stride(1);
   if (h0.has_value()) RNN_CHECK_SHAPE(*h0, p.directions, p.batch, p.outputs);
   if (c0.has_value()) RNN_CHECK_SHAPE(*c0, p.directions, p.batch, p.hidden);
+  check_sequences(lengths, resets, p.steps, p.batch);
   p.h0 = wide.dense(h0), p.c0 = wide.dense(c0);
   set_sequences(p, wide, lengths, resets);
   p.cell_clip = p.proj_clip = std::numeric_limits<T>::infinity();
@@ -379,20 +314,6 @@ LayerGradient backward(const MaybeTensor& dy, const MaybeTensor& dc_all, const M
   for (Tensor& tensor : grad.dweights) tensor = rounded(tensor, dtype);
   return grad;
 }
-
-#define RNN_PARAMETERS                                                                                     \
-  const Tensor &x, const Tensors &weight_ih, const Tensors &weight_hh, const Tensors &bias_ih,             \
-      const Tensors &bias_hh, const Tensors &weight_hr, const Tensors &peephole, const Tensors &norm_gain, \
-      const Tensors &norm_shift, const MaybeTensor &h0, const MaybeTensor &c0, const MaybeTensor &lengths, \
-      const MaybeTensor &resets, const MaybeTensor &mask_h, const MaybeTensor &mask_c,                     \
-      const MaybeTensor &zoneout_h, const MaybeTensor &zoneout_c, int64_t cell, int64_t activation,        \
-      std::optional<double> cell_clip, std::optional<double> proj_clip, double norm_eps, bool reverse
-#define RNN_ARGUMENTS                                                                                       \
-  Arguments {                                                                                               \
-    x, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, norm_gain, norm_shift, h0, c0, lengths, \
-        resets, mask_h, mask_c, zoneout_h, zoneout_c, cell, activation, cell_clip, proj_clip, norm_eps,     \
-        reverse                                                                                             \
-  }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer(RNN_PARAMETERS, bool all_states) {
   LayerOutput out = forward(RNN_ARGUMENTS, all_states, true);

@@ -4,23 +4,17 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <atomic>
-#include <limits>
 #include <optional>
 #include <thread>
 #include <vector>
 
+#include "arguments.h"
 #include "cpu/kernels.h"
 
 namespace torchrnn {
 namespace cpu {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-using MaybeTensor = std::optional<Tensor>;
 
 // Instruction sets
 // ------------------------------------------------------------------------------------------------
@@ -123,12 +117,6 @@ class Widened {
   ScalarType dtype_;
   Tensors kept_;
 };
-
-// A bound as the kernels have it: infinity is none, also one beyond all numbers of the dtype.
-template <typename T>
-T bound(const std::optional<double>& value) {
-  return value.has_value() ? T(*value) : std::numeric_limits<T>::infinity();
-}
 
 // By the shim: torch::stable::new_empty goes through the dispatcher, and small steps would feel it.
 inline Tensor empty(const int64_t* shape, int64_t dim, ScalarType dtype) {

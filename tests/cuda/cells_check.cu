@@ -1,4 +1,4 @@
-// Instantiates every cell on the device. It is compiled by `make nvcc-check` and linked into nothing: the
+// Instantiates every cell on the device. It is compiled by `make cuda-check` and linked into nothing: the
 // cells are shared with CUDA, and must stay free of what only a host compiler takes.
 
 #include "cells/elementwise.h"
