@@ -5,8 +5,6 @@ Letters as in ``torchrnn/reference.py``: T steps, B batch rows, D directions, H 
 
 from __future__ import annotations
 
-import os
-import shutil
 import struct
 import subprocess
 from dataclasses import dataclass
@@ -14,27 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from host_build import FAULTS, emulated
 from torch import Tensor
 
 from torchrnn import reference
 from torchrnn.options import Options
 
-ROOT = Path(__file__).resolve().parent.parent
 GATES = {"lstm": 4, "gru": 3}
-FAULTS = ["no_wait", "not_armed_again", "wrong_parity", "one_buffer"]
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns the program that runs the kernel."""
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
-        pytest.skip(f"no C++ compiler: {compiler}")
-    path = tmp_path_factory.mktemp("cuda") / "cluster_backward_test"
-    source = ROOT / "tests" / "cuda" / "cluster_backward_test.cpp"
-    flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-DRNN_EMULATE", f"-I{ROOT / 'csrc'}"]
-    subprocess.run([compiler, *flags, str(source), "-o", str(path)], check=True)
-    return path
+    return emulated(tmp_path_factory.mktemp("backward"), "cluster_backward_test.cpp")
 
 
 @dataclass

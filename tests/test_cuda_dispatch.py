@@ -81,7 +81,7 @@ WITHIN: dict[str, Any] = {
         ({"hidden": 63}, "step"),
         ({"batch": 65}, "step"),
         ({"steps": 15}, "step"),
-        ({"variation": frozenset({"lengths", "peephole"})}, "step"),
+        ({"variation": frozenset({"peephole"})}, "step"),
     ],
     ids=str,
 )

@@ -6,48 +6,33 @@ Letters as in ``torchrnn/reference.py``: T steps, B batch rows, D directions, H 
 from __future__ import annotations
 
 import ctypes
-import os
-import shlex
-import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from host_build import FAULTS, emulated
 from torch import Tensor
 from torch.nn import functional as F
 
 from torchrnn import reference
 from torchrnn.options import Options
 
-ROOT = Path(__file__).resolve().parent.parent
 GATES = {"lstm": 4, "gru": 3}
 TAPE = {"lstm": 5, "gru": 4}
 GUARD = 64  # Elements before and after an array, to see accesses out of bounds.
 MAPS = ["buckets", "weights", "operand", "sums", "owners", "backward_sums", "batch_tails", "parities"]
-FAULTS = ["no_wait", "not_armed_again", "wrong_parity", "one_buffer"]
-
-
-def build(folder: Path, source: str, *flags: str) -> Path:
-    """Compiles a source of tests/cuda for the host, with the emulated device."""
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    if shutil.which(compiler[0]) is None:
-        pytest.skip(f"no C++ compiler: {compiler[0]}")
-    path = folder / "program"
-    command = [*compiler, "-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-DRNN_EMULATE", *flags]
-    subprocess.run([*command, f"-I{ROOT / 'csrc'}", ROOT / "tests" / "cuda" / source, "-o", path], check=True)
-    return path
 
 
 @pytest.fixture(scope="module")
 def maps(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("maps"), "maps_test.cpp")
+    return emulated(tmp_path_factory.mktemp("maps"), "maps_test.cpp")
 
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    path = build(tmp_path_factory.mktemp("forward"), "cluster_forward_test.cpp", "-fPIC", "-shared")
+    path = emulated(tmp_path_factory.mktemp("forward"), "cluster_forward_test.cpp", "-fPIC", "-shared")
     library = ctypes.CDLL(str(path))
     library.run_cluster_forward.restype = ctypes.c_char_p
     pointer = ctypes.c_void_p

@@ -6,16 +6,15 @@ Kernels are loops there and matrix products too (``tests/cuda/host_device.h``); 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from host_build import CSRC, TESTS, build
 from torch.utils.cpp_extension import include_paths
 
-ROOT = Path(__file__).resolve().parent.parent
 SUITE = (
     "test_ops.py",
     "test_parity.py",
@@ -24,36 +23,32 @@ SUITE = (
     "test_recompute.py",
     "test_dropout.py",
 )
-FLAGS = (
-    "-std=c++20 -O2 -Wall -Wextra -Werror -fvisibility=hidden -fPIC -shared",
-    "-DTORCH_TARGET_VERSION=0x020b000000000000 -DTORCH_STABLE_ONLY -DRNN_ON_HOST",
-)
+FLAGS = [
+    "-O2",
+    "-fvisibility=hidden",
+    "-fPIC",
+    "-shared",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    "-DTORCH_STABLE_ONLY",
+    "-DRNN_ON_HOST",
+]
 
 
 @pytest.fixture(scope="module")
 def host_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns the library that the CUDA sources of the step path make on the host."""
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
-        pytest.skip(f"no C++ compiler: {compiler}")
-    library = tmp_path_factory.mktemp("host") / "step.so"
-    csrc = ROOT / "csrc"
     kernels = [
-        str(csrc / "cuda" / name) for name in ("step_forward.cu", "step_backward.cu", "rows.cu", "dropout.cu")
+        CSRC / "cuda" / name for name in ("step_forward.cu", "step_backward.cu", "rows.cu", "dropout.cu")
     ]
-    includes = [f"-I{csrc}", f"-I{ROOT / 'tests' / 'cuda'}", *(f"-isystem{path}" for path in include_paths())]
-    libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    command = [
-        compiler,
-        *" ".join(FLAGS).split(),
-        *includes,
-        str(csrc / "cuda" / "ops.cpp"),
-        "-x",
-        "c++",
-        *kernels,
-    ]
-    subprocess.run([*command, "-x", "none", "-o", str(library), *libraries], check=True)
-    return library
+    return build(
+        tmp_path_factory.mktemp("host"),
+        *FLAGS,
+        *(f"-isystem{path}" for path in include_paths()),
+        CSRC / "cuda" / "ops.cpp",
+        *("-x", "c++", *kernels, "-x", "none"),
+        f"-L{Path(torch.__file__).parent / 'lib'}",
+        *("-ltorch", "-ltorch_cpu", "-lc10"),
+    )
 
 
 def run_suite(library: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -61,12 +56,10 @@ def run_suite(library: Path, *arguments: str) -> subprocess.CompletedProcess[str
         **os.environ,
         "TORCHRNN_PURE": "1",  # Else the CPU kernels would serve the ops.
         "TORCHRNN_HOST_BUILD": str(library),
-        "PYTHONPATH": str(ROOT / "tests" / "cuda"),
+        "PYTHONPATH": str(TESTS / "cuda"),
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "load_host_build", *arguments]
-    return subprocess.run(
-        command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True, check=False
-    )
+    return subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.timeout(1200)
@@ -84,7 +77,7 @@ def test_the_suite_runs_on_the_host_build(host_build: Path) -> None:
         "torch.ops.torchrnn.layer_infer(x, w, w, *[[]] * 6, *none, *options)\n"
     )
     environment = {**os.environ, "TORCHRNN_PURE": "1", "TORCHRNN_HOST_BUILD": str(host_build)}
-    environment["PYTHONPATH"] = f"{ROOT / 'tests' / 'cuda'}{os.pathsep}{ROOT}"
+    environment["PYTHONPATH"] = f"{TESTS / 'cuda'}{os.pathsep}{TESTS.parent}"
     command = [sys.executable, "-c", script]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert "the cluster path does not serve this call: this is the host" in result.stderr
