@@ -181,7 +181,7 @@ class Call {
 template <typename Acc>
 bool takes_cluster(const Arguments& a, const ForwardScan<Acc>& p, int device) {
   if (Path(a.path) != Path::kCluster) return false;
-  const char* why_not = "it computes in float32";
+  const char* why_not = "float64 is not served";
   if constexpr (sizeof(Acc) == sizeof(float)) why_not = cluster_why_not(p, device);
   STD_TORCH_CHECK(why_not == nullptr, "the cluster path does not serve this call: ", why_not);
   return true;
