@@ -8,6 +8,7 @@ import random
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from bench.cases import GATES, Case
 from bench.results import GpuBar, GpuRow
@@ -18,8 +19,8 @@ BATCHES = (1, 8, 16, 32, 64, 128, 256)
 DTYPES = ("bfloat16", "float16", "float32")
 MODES = ("infer", "train")
 # One direction and one layer, both directions, two layers, and rows of several lengths.
-PLAIN: dict[str, int | bool] = {}
-VARIANTS: tuple[dict[str, int | bool], ...] = (PLAIN, {"directions": 2}, {"layers": 2}, {"ragged": True})
+PLAIN: dict[str, Any] = {}
+VARIANTS: tuple[dict[str, Any], ...] = (PLAIN, {"directions": 2}, {"layers": 2}, {"ragged": True})
 
 PERSISTENT, SMALL, STANDARD = "PERSIST_STATIC", "PERSIST_STATIC_SMALL_H", "STANDARD"
 
@@ -32,9 +33,8 @@ def algorithm(case: Case) -> str:
     plain = case.layers == 1 and case.directions == 1
     wide = case.hidden <= 1024 and case.hidden % 128 == 0 and case.inputs % 128 == 0
     rows = case.batch % 8 == 0 and case.batch <= 128
-    if (
-        case.ragged or case.dtype == "bfloat16"
-    ):  # Packed rows; and cuDNN has no persistent kernel of bfloat16.
+    # Packed rows have no persistent kernel, nor has bfloat16.
+    if case.ragged or case.dtype == "bfloat16":
         return STANDARD
     if case.dtype == "float16" and case.cell == "lstm" and plain and wide and rows:
         return PERSISTENT
@@ -105,7 +105,7 @@ def grid() -> list[Case]:
     """Returns all rows, the most important ones first."""
     axes = itertools.product(GATES, MODES, BATCHES, HIDDEN, DTYPES, VARIANTS)
     return ordered(
-        Case(cell, mode, STEPS, batch, hidden, hidden, dtype=dtype, **variant)  # type: ignore[arg-type]
+        Case(cell, mode, STEPS, batch, hidden, hidden, dtype=dtype, **variant)
         for cell, mode, batch, hidden, dtype, variant in axes
     )
 
@@ -128,7 +128,7 @@ def quick() -> list[Case]:
     tiny = Case("lstm", "infer", 4, 2, 8, 8, dtype="bfloat16")
     kinds = [*VARIANTS, {"dtype": "float16"}, {"dtype": "float32"}]
     return ordered(
-        dataclasses.replace(tiny, cell=cell, mode=mode, **kind)  # type: ignore[arg-type]
+        dataclasses.replace(tiny, cell=cell, mode=mode, **kind)
         for cell, mode, kind in itertools.product(GATES, MODES, kinds)
     )
 

@@ -19,7 +19,7 @@ from torchrnn import _native, ops, scan
 try:
     import numpy as np
 except ImportError:  # A machine with a GPU may have no more than torch and pytest.
-    np = None  # type: ignore[assignment]
+    np = None
 
 SEED = 20240229
 NEEDS_CUDA = os.environ.get("FAIL_WITHOUT_CUDA", "0") not in ("", "0")
@@ -33,6 +33,12 @@ def pytest_configure(config: pytest.Config) -> None:
         "Please use the new API settings to control TF32",  # torch.backends has both forms.
     ):
         config.addinivalue_line("filterwarnings", f"ignore:{text}")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips tests that need CUDA where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -116,8 +122,6 @@ def use_cpu_path(name: str) -> Iterator[None]:
 def use_device(name: str) -> Iterator[torch.device]:
     """Makes a device that of all new tensors, with full float32 products; skips where it has no kernels."""
     if name == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("needs CUDA")
         if "cuda" not in torchrnn.info()["kernels"]:
             pytest.skip(f"no kernels for CUDA: {torchrnn.info()['why_not_cuda']}")
         # Memory that torch gives out after this holds NaN, as does then what a kernel leaves unwritten.

@@ -1,4 +1,7 @@
-"""The bench on a GPU: its whole command with the CPU in the place of the GPU. No timing is asserted."""
+"""The bench on a GPU: its whole command with the CPU in the place of the GPU. No timing is asserted.
+
+One file, as all sections run the command on the same stand-in for the device, and share the rows it makes.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import one_thread
 
 from bench import gpu, gpu_cases, gpu_floors, report, results, timing
@@ -529,8 +531,7 @@ def test_report_writes_a_section_only_for_a_gpu_result(tmp_path: Path) -> None:
 # The device, where there is one.
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu  # Which is what has it skipped elsewhere.
 @pytest.mark.parametrize("cell", GATES)
 def test_graph_replays_a_call_and_events_time_it(cell: str) -> None:
     device = Cuda()

@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from cluster_reference import GATES, walk
 from host_build import FAULTS, emulated
 from torch import Tensor
 
 from torchrnn import reference
 from torchrnn.options import Options
-
-GATES = {"lstm": 4, "gru": 3}
 
 
 @pytest.fixture(scope="module")
@@ -106,43 +105,6 @@ def make_arguments(
         lengths=ends,
         resets=torch.rand(steps, batch) < 0.4 if resets else None,
     )
-
-
-def walk(
-    a: reference.Arguments, options: Options
-) -> tuple[list[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Runs the layer forward.
-
-    Returns:
-        Per direction [T, B, kTape*H + H], each step's tape and the h that it started from; and what
-        ``reference.layer`` returns.
-    """
-    seen: list[Tensor] = []
-    walked = reference._Direction.step
-
-    def step(
-        cell: reference._Direction, wx: Tensor, h: Tensor, c: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        h_new, c_new = walked(cell, wx, h, c)
-        rh = torch.nn.functional.linear(h, cell.weight_hh, cell.bias_hh)
-        if c_new is not None:
-            i, f, g, o = (wx + rh).chunk(4, -1)
-            tape = [torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o), c_new]
-        else:
-            (r, z, n), (rh_r, rh_z, rh_n) = wx.chunk(3, -1), rh.chunk(3, -1)
-            r = torch.sigmoid(r + rh_r)
-            tape = [r, torch.sigmoid(z + rh_z), torch.tanh(n + r * rh_n), rh_n]
-        seen.append(torch.cat([*tape, h], -1).detach())
-        return h_new, c_new
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference._Direction, "step", step)
-        outputs = reference.layer(a, options, all_states=options.cell == "lstm")
-    steps = a.x.size(0)
-    walks = [seen[d * steps : (d + 1) * steps] for d in range(len(a.weight_hh))]
-    return [
-        torch.stack(steps[::-1] if options.reverse or d == 1 else steps) for d, steps in enumerate(walks)
-    ], outputs
 
 
 def make_call(

@@ -108,9 +108,9 @@ def test_a_path_is_forced_inside_the_block() -> None:
 
 
 def test_a_path_that_is_not_known_is_refused() -> None:
-    with pytest.raises(ValueError, match="path must be one of auto, step, cluster, got 'grid'"):  # noqa: SIM117
-        with cuda.use_path("grid"):
-            pass
+    forced = cuda.use_path("grid")
+    with pytest.raises(ValueError, match="path must be one of auto, step, cluster, got 'grid'"), forced:
+        pass
     assert cuda.forced() == 0
 
 

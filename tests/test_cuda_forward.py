@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from cluster_reference import GATES, walk
 from host_build import FAULTS, emulated
 from torch import Tensor
-from torch.nn import functional as F
 
 from torchrnn import reference
 from torchrnn.options import Options
 
-GATES = {"lstm": 4, "gru": 3}
 TAPE = {"lstm": 5, "gru": 4}
 GUARD = 64  # Elements before and after an array, to see accesses out of bounds.
 MAPS = ["buckets", "weights", "operand", "sums", "owners", "backward_sums", "batch_tails", "parities"]
@@ -122,33 +121,9 @@ class Call:
 
     def expected(self) -> dict[str, Tensor]:
         """Returns the reference's results."""
-        steps, _, _, directions = self.sizes
-        tapes: list[Tensor] = []
-        walk = reference._Direction.step
-
-        def step(
-            self: reference._Direction, wx: Tensor, h: Tensor, c: Tensor | None
-        ) -> tuple[Tensor, Tensor | None]:
-            h_new, c_new = walk(self, wx, h, c)
-            rh = F.linear(h, self.weight_hh, self.bias_hh)
-            if c_new is not None:
-                i, f, g, o = (wx + rh).chunk(4, -1)
-                tape = [i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid(), c_new]
-            else:
-                (r, z, n), (rh_r, rh_z, rh_n) = wx.chunk(3, -1), rh.chunk(3, -1)
-                r = (r + rh_r).sigmoid()
-                tape = [r, (z + rh_z).sigmoid(), (n + r * rh_n).tanh(), rh_n]
-            tapes.append(torch.cat(tape, -1))
-            return h_new, c_new
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(reference._Direction, "step", step)
-            y, _, h_n, c_n = reference.layer(self.arguments, self.options)
-        in_time = []
-        for d in range(directions):
-            walked = tapes[d * steps : (d + 1) * steps]
-            in_time.append(torch.stack(walked[::-1] if self.options.reverse or d == 1 else walked))
-        return {"y": y, "tape": torch.stack(in_time), "h_n": h_n, "c_n": c_n}
+        walks, (y, _, h_n, c_n) = walk(self.arguments, self.options)
+        tape = torch.stack([each[..., : -self.sizes[2]] for each in walks])  # Without the h before the step.
+        return {"y": y, "tape": tape, "h_n": h_n, "c_n": c_n}
 
     def check(self, results: dict[str, Tensor]) -> None:
         """Asserts that the results are the reference's, to two units in the last place of the largest."""

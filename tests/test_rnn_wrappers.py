@@ -514,11 +514,9 @@ def test_device_wrapper_changes_no_number() -> None:
     assert_close(torchrnn.dynamic_rnn(DeviceWrapper(lstm, "cpu"), x, LENGTHS, dtype=F64), expected)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu  # Which is what has it skipped elsewhere.
 @pytest.mark.parametrize("way", WAYS)
 def test_device_wrapper_runs_there_and_returns_to_the_inputs(way: str) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     cell = DeviceWrapper(LSTMCell(4), "cuda")
     x = torch.randn(B, T, N)
     with WAYS[way]():

@@ -1,5 +1,5 @@
-// The device that a tensor is on, for one op: makes it the current one, and has its stream and its matrix
-// products. They come from the cuBLAS that torch has loaded, by torch's handle, which knows stream and
+// The device that a tensor is on, for one op: makes it the current one, and has its stream. And its matrix
+// products, which come from the cuBLAS that torch has loaded, by torch's handle, which knows stream and
 // workspace; this library is not linked against one, since that would tie it to a version of CUDA.
 #pragma once
 
@@ -57,8 +57,23 @@ struct Cublas {
 
 class Device {
  public:
-  Device(const Tensor& x, bool tf32) : guard_(x.get_device_index()), index_(x.get_device_index()) {
+  explicit Device(const Tensor& x) : guard_(x.get_device_index()), index_(x.get_device_index()) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
+  }
+
+  int index() const { return index_; }
+  void* stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  int32_t index_;
+  void* stream_ = nullptr;
+};
+
+// Matrix products on the stream of the current device, for the life of the object.
+class Products {
+ public:
+  explicit Products(bool tf32) {
     TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle_));
     const Cublas& cublas = Cublas::loaded();
     // The handle is torch's: its mode is set back in the end.
@@ -66,11 +81,9 @@ class Device {
     const int mode = tf32 ? Cublas::kTf32Math : Cublas::kDefaultMath;
     check_blas(cublas.set_math_mode(handle_, mode | Cublas::kNoReducedSums));
   }
-  Device(const Device&) = delete;
-  ~Device() { Cublas::loaded().set_math_mode(handle_, mode_); }
+  Products(const Products&) = delete;
+  ~Products() { Cublas::loaded().set_math_mode(handle_, mode_); }
 
-  int index() const { return index_; }
-  void* stream() const { return stream_; }
   Blas blas() { return {this, &gemm}; }
 
  private:
@@ -86,15 +99,12 @@ class Device {
     const float one32 = 1, start32 = accumulates ? 1 : 0;
     const auto op = [](bool transposed) { return transposed ? Cublas::kTransposed : Cublas::kNormal; };
     check_blas(Cublas::loaded().gemm(
-        static_cast<Device*>(context)->handle_, op(transposed_b), op(transposed_a), int(n), int(m), int(k),
+        static_cast<Products*>(context)->handle_, op(transposed_b), op(transposed_a), int(n), int(m), int(k),
         wide ? static_cast<const void*>(&one64) : &one32, b, Cublas::type(in), int(ldb), a, Cublas::type(in),
         int(lda), wide ? static_cast<const void*>(&start64) : &start32, c, Cublas::type(out), int(ldc),
         wide ? Cublas::kCompute64 : Cublas::kCompute32, Cublas::kDefaultAlgorithm));
   }
 
-  torch::stable::accelerator::DeviceGuard guard_;
-  int32_t index_;
-  void* stream_ = nullptr;
   void* handle_ = nullptr;
   int mode_ = 0;
 };

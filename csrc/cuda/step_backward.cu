@@ -1,6 +1,8 @@
 // The step path, backward: for each step a recurrent matrix product with the later step's gate gradients, and
 // a kernel for the cell. The products for the gradients by inputs and weights come after the scan.
 //
+// Over 400 lines because the kernels of a step, which the cells choose among, are read best side by side.
+//
 // dh0 and dc0 hold the gradients by the state that is carried between steps, other than through the
 // recurrent product, and those by the initial state in the end.
 

@@ -4,21 +4,11 @@
 #include <string>
 
 #include "cuda/cluster_forward.cu"
+#include "faults.h"
 
 namespace torchrnn {
 namespace cuda {
 namespace {
-
-// Ways to break the protocol, each of which must be found.
-struct NoWait : Protocol { static constexpr bool kWaits = false; };
-struct NotArmedAgain : Protocol { static constexpr bool kArmsAgain = false; };
-struct WrongParity : Protocol {
-  static constexpr uint32_t parity(int64_t step) { return Protocol::parity(step) ^ 1; }
-};
-struct OneBuffer : Protocol {
-  static constexpr int buffer(int64_t) { return 0; }
-  static constexpr uint32_t parity(int64_t step) { return uint32_t((step - 1) & 1); }
-};
 
 struct Run {
   const ForwardScan<float>& p;

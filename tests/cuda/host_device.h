@@ -8,11 +8,15 @@
 namespace torchrnn {
 namespace cuda {
 
-class Device {
- public:
-  Device(const torch::stable::Tensor&, bool) {}
+struct Device {
+  explicit Device(const torch::stable::Tensor&) {}
   int index() const { return 0; }
   void* stream() const { return nullptr; }
+};
+
+class Products {
+ public:
+  explicit Products(bool) {}
   Blas blas() { return {nullptr, &gemm}; }
 
  private:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from host_build import CSRC, emulated
 
 HERE = Path(__file__).parent
-CSRC = HERE.parent.parent / "csrc"
 SEEDS = 50
 
 Program = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -20,12 +18,7 @@ Program = Callable[..., "subprocess.CompletedProcess[str]"]
 
 def build(folder: Path, source: str, *flags: str) -> Program:
     """Compiles a program for the host; what it returns runs that with the given arguments."""
-    compiler = shlex.split(os.environ.get("CXX", "g++"))
-    if shutil.which(compiler[0]) is None:
-        pytest.skip(f"needs a C++ compiler: there is no {compiler[0]}")
-    program = folder / Path(source).stem
-    flags = ("-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-DRNN_EMULATE", f"-I{CSRC}", *flags)
-    subprocess.run([*compiler, *flags, HERE / source, "-o", program], check=True)
+    program = emulated(folder, source, *flags)
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [str(program), *map(str, arguments)]
