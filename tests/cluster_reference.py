@@ -7,10 +7,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchrnn import reference
+from torchrnn import _native, reference
 from torchrnn.options import Options
 
 GATES = {"lstm": 4, "gru": 3}
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Those of the kernels; float32 is rounded to TF32."""
+
+SIZES = [
+    *((torch.float16, hidden) for hidden in (64, 128, 250, 383, 512)),
+    *((torch.float32, hidden) for hidden in (64, 127, 256)),
+]
+"""Each size of the kernels; those of bfloat16 are float16's."""
+
+
+def code(dtype: torch.dtype) -> int:
+    """Returns the code of ``enum class Dtype`` in ``csrc/cuda/scan.h``."""
+    return _native.DTYPES.index(dtype)
+
+
+def eps(dtype: torch.dtype) -> float:
+    """Returns the unit in the last place of 1, of what the kernels multiply."""
+    return 2**-10 if dtype == torch.float32 else torch.finfo(dtype).eps
 
 
 def walk(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cluster_reference import GATES, walk
+from cluster_reference import DTYPES, GATES, SIZES, code, eps, walk
 from host_build import FAULTS, emulated
 from torch import Tensor
 
@@ -33,6 +33,7 @@ class Call:
     cell: str
     dtype: torch.dtype
     reverse: bool
+    pair: bool
     sizes: tuple[int, int, int, int]
     """T, B, H, D."""
     arrays: list[Tensor | None]
@@ -47,7 +48,7 @@ class Call:
         self, program: Path, folder: Path, seed: int, fault: str = ""
     ) -> subprocess.CompletedProcess[str]:
         """Runs the kernel, which leaves its results in ``folder``."""
-        head = [self.cell == "gru", self.dtype == torch.bfloat16, self.reverse, *self.sizes, *self.strides]
+        head = [self.cell == "gru", code(self.dtype), self.reverse, self.pair, *self.sizes, *self.strides]
         parts = [struct.pack(f"{len(head)}q", *head)]
         for array in self.arrays:
             data = b"" if array is None else array.flatten().view(torch.uint8).numpy().tobytes()
@@ -115,6 +116,7 @@ def make_call(
     lengths: bool = False,
     resets: bool = False,
     absent: bool = False,
+    pair: bool = True,
 ) -> Call:
     """Returns a call with random inputs of these sizes (T, B, H, D).
 
@@ -126,6 +128,7 @@ def make_call(
         lengths: Whether rows end early.
         resets: Whether the state is forgotten now and then.
         absent: Whether initial states and all gradients but dy are null pointers.
+        pair: Whether to run a small cluster of two, and not the one that serves the call.
     """
     steps, batch, hidden, directions = sizes
     a = make_arguments(cell, dtype, sizes, lengths, resets, absent)
@@ -161,7 +164,7 @@ def make_call(
     states = [optional(a.h0), optional(a.c0)]
     arrays = [*(w.to(dtype) for w in a.weight_hh), y.to(dtype), tape, *states, a.lengths, a.resets, spread]
     arrays += [optional(dc_all, dtype), optional(dh_n), optional(dc_n)]
-    return Call(cell, dtype, reverse, sizes, arrays, spread.stride()[:2], expected, alive)
+    return Call(cell, dtype, reverse, pair, sizes, arrays, spread.stride()[:2], expected, alive)
 
 
 def check(call: Call, folder: Path) -> None:
@@ -169,7 +172,7 @@ def check(call: Call, folder: Path) -> None:
     for name, result in call.results(folder).items():
         exact = call.expected[name]
         error = (result.double() - exact).abs().max()
-        bound = 2 * torch.finfo(call.dtype).eps * exact.abs().max()
+        bound = 2 * eps(call.dtype) * exact.abs().max()
         assert error <= bound, f"{name}: off by {error:.3g}, allowed are {bound:.3g}"
         if name not in ("dh0", "dc0"):
             assert not result[~call.alive].any(), f"{name}: not zero past the end"
@@ -189,7 +192,7 @@ def check(call: Call, folder: Path) -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_are_those_of_the_reference(
     program: Path,
     tmp_path: Path,
@@ -205,8 +208,22 @@ def test_gradients_are_those_of_the_reference(
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_the_order_of_events_changes_no_bit(program: Path, tmp_path: Path, cell: str) -> None:
-    call = make_call(cell, torch.float16, (6, 9, 20, 2), lengths=True, resets=True)
+@pytest.mark.parametrize(("dtype", "hidden"), SIZES, ids=str)
+def test_each_size_of_the_kernel_runs(
+    program: Path, tmp_path: Path, cell: str, dtype: torch.dtype, hidden: int
+) -> None:
+    call = make_call(cell, dtype, (3, 3, hidden, 1), resets=True, pair=False)
+    done = call.run(program, tmp_path, seed=int(torch.randint(1 << 31, ())))
+    assert done.returncode == 0, done.stderr
+    check(call, tmp_path)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_the_order_of_events_changes_no_bit(
+    program: Path, tmp_path: Path, cell: str, dtype: torch.dtype
+) -> None:
+    call = make_call(cell, dtype, (6, 9, 20, 2), lengths=True, resets=True)
     seen = set()
     for seed in range(8):
         done = call.run(program, tmp_path, seed)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cluster_reference import GATES, walk
+from cluster_reference import DTYPES, GATES, SIZES, code, eps, walk
 from host_build import FAULTS, emulated
 from torch import Tensor
 
@@ -104,8 +104,9 @@ class Call:
             results["c_n"] = output(torch.float32, directions, batch, hidden)
         arrays += [results.get(name) for name in ("y", "tape", "h_n", "c_n")]
 
-        bf16 = self.dtype == torch.bfloat16
-        numbers = torch.tensor([cell == "gru", bf16, self.options.reverse, self.pair, *self.sizes])
+        numbers = torch.tensor(
+            [cell == "gru", code(self.dtype), self.options.reverse, self.pair, *self.sizes]
+        )
         pointers = (ctypes.c_void_p * len(arrays))(*(None if t is None else t.data_ptr() for t in arrays))
         message = kernel.run_cluster_forward(numbers.data_ptr(), pointers, seed, fault.encode())
         for name, result in results.items():
@@ -135,7 +136,7 @@ class Call:
             exact = expected[name][seen]
             if exact.numel() == 0:
                 continue
-            bound = 2 * torch.finfo(self.dtype).eps * exact.abs().max()
+            bound = 2 * eps(self.dtype) * exact.abs().max()
             error = (result[seen].double() - exact).abs().max()
             assert error <= bound, f"{name}: off by {error:.3g}, allowed are {bound:.3g}"
 
@@ -213,7 +214,7 @@ def any_seed() -> int:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_results_are_those_of_the_reference(
     kernel: ctypes.CDLL,
     cell: str,
@@ -228,9 +229,11 @@ def test_results_are_those_of_the_reference(
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-@pytest.mark.parametrize("hidden", [64, 128, 250, 383, 512])
-def test_each_size_of_the_kernel_runs(kernel: ctypes.CDLL, cell: str, hidden: int) -> None:
-    call = make_call(cell, torch.float16, (3, 3, hidden, 1), resets=True)
+@pytest.mark.parametrize(("dtype", "hidden"), SIZES, ids=str)
+def test_each_size_of_the_kernel_runs(
+    kernel: ctypes.CDLL, cell: str, dtype: torch.dtype, hidden: int
+) -> None:
+    call = make_call(cell, dtype, (3, 3, hidden, 1), resets=True)
     message, results = call.run(kernel, any_seed())
     assert not message
     call.check(results)
@@ -277,8 +280,9 @@ def test_what_a_row_must_not_see_may_be_anything(kernel: ctypes.CDLL) -> None:
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_the_order_of_events_changes_no_bit(kernel: ctypes.CDLL, cell: str) -> None:
-    call = make_call(cell, torch.bfloat16, (6, 9, 33, 2), pair=True, lengths=True, resets=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_order_of_events_changes_no_bit(kernel: ctypes.CDLL, cell: str, dtype: torch.dtype) -> None:
+    call = make_call(cell, dtype, (6, 9, 33, 2), pair=True, lengths=True, resets=True)
     message, first = call.run(kernel, 0)
     assert not message
     call.check(first)

@@ -1,5 +1,5 @@
 // What the two passes of the cluster path share: sizes, the rows of a cluster, the exchange, the product with
-// weights in registers, and the launch. Index maps are in cuda/maps.h.
+// weights in registers. Index maps are in cuda/maps.h.
 #pragma once
 
 #include "cuda/half.h"
@@ -10,18 +10,31 @@
 namespace torchrnn {
 namespace cuda {
 
-// The largest H.
-constexpr int64_t kClusterHidden = 512;
+// The largest H: see cuda/cluster_rules.cpp.
+template <typename Io>
+constexpr int64_t kLargest = sizeof(Io) == sizeof(float) ? 256 : 512;
 
-// Calls use(bucket) with the smallest that holds H. An LSTM's weights take kHidden * kUnits / 16 / kWarps of
-// a thread's registers: at most 128, so that as many are left (and 144 of ForwardBucket).
-template <typename Use>
+// Calls use(bucket) with the smallest that holds H. An LSTM's weights take kHidden * kUnits * sizeof(Io) / 32
+// / kWarps of a thread's registers: at most 128, so that as many are left (and 144 of ForwardBucket).
+template <typename Io, typename Use>
 auto with_bucket(int64_t hidden, const Use& use) {
   if (hidden <= 64) return use(Bucket<64, 1, 8>());
   if (hidden <= 128) return use(Bucket<128, 2, 8>());
-  if (hidden <= 256) return use(Bucket<256, 4, 8>());
-  if (hidden <= 384) return use(Bucket<384, 8, 12>());
-  return use(Bucket<512, 16, 8>());
+  if constexpr (sizeof(Io) == sizeof(float)) {
+    return use(Bucket<256, 8, 8>());
+  } else {
+    if (hidden <= 256) return use(Bucket<256, 4, 8>());
+    if (hidden <= 384) return use(Bucket<384, 8, 12>());
+    return use(Bucket<512, 16, 8>());
+  }
+}
+
+// Calls use(number) with one of the type that operands have.
+template <typename Use>
+auto with_operands(Dtype dtype, const Use& use) {
+  if (dtype == Dtype::kBfloat16) return use(Bf16());
+  if (dtype == Dtype::kFloat16) return use(Half());
+  return use(float());
 }
 
 // One batch row in the direction of this CTA.
@@ -39,18 +52,26 @@ struct Row {
 
   RNN_DEVICE bool alive(int t) const { return t < length; }
 
-  // Whether the state is forgotten before step t of this row. A reset at t parts t - 1 from t, so backwards
-  // the mark is that of t + 1, the step before, if the row has one.
-  RNN_DEVICE bool cut(int t) const {
+  // Not zero if the state is forgotten before step t of this row. A reset at t parts t - 1 from t, so
+  // backwards the mark is that of t + 1, the step before, if the row has one. It is the byte as memory has
+  // it: to make a bool of it would be to wait for it.
+  RNN_DEVICE uint8_t cut(int t) const {
     const int mark = back ? t + 1 : t;
-    return p.resets != nullptr && mark < length && p.resets[mark * p.batch + b];
+    if (p.resets == nullptr || mark >= length) return 0;
+    return reinterpret_cast<const uint8_t*>(p.resets)[at(mark)];
   }
 
-  // The index of (t, b) in arrays [T, B] and of (d, b) in arrays [D, B]; where (d, t, b) begins in the tape.
-  RNN_DEVICE int64_t at(int t) const { return t * p.batch + b; }
+  // The index of (t, b) in arrays [T, B], of (d, t, b) in arrays [D, T, B] and of (d, b) in arrays [D, B]. T
+  // * B is below 2^31, and unsigned numbers are multiplied to 64 bits in one instruction.
+  RNN_DEVICE uint32_t at(int t) const { return uint32_t(t) * uint32_t(p.batch) + uint32_t(b); }
+  RNN_DEVICE uint32_t in_tape(int t) const {
+    return (direction == 0 ? 0 : uint32_t(p.steps) * uint32_t(p.batch)) + at(t);
+  }
   RNN_DEVICE int64_t state() const { return direction * p.batch + b; }
-  RNN_DEVICE int64_t tape(int t) const { return (direction * p.steps * p.batch + at(t)) * p.tape_size; }
 };
+
+// Where a row begins in an array of rows with `size` numbers.
+RNN_DEVICE uint64_t start(uint32_t row, int64_t size) { return uint64_t(row) * uint32_t(size); }
 
 // The first batch row of this cluster.
 template <typename B>
@@ -68,6 +89,9 @@ RNN_DEVICE int cluster_steps(const ForwardScan<float>& p) {
   }
   return most;
 }
+
+// Steps between a prefetch to L2 and the load. DRAM is about a step away.
+constexpr int kAhead = 4;
 
 // Set by a kernel that has waited in vain, before it traps.
 #ifdef RNN_EMULATE
@@ -100,6 +124,54 @@ struct Exchange {
   }
 };
 
+// Two numbers that neighbour in depth, rounded as operands are, in the registers of an operand.
+template <typename Io>
+RNN_DEVICE void to_words(const float (&pair)[2], uint32_t (&words)[2 / kWord<Io>]) {
+  if constexpr (std::is_same_v<Io, float>) {
+    words[0] = ptx::tf32(pair[0]), words[1] = ptx::tf32(pair[1]);
+  } else {
+    words[0] = ptx::pack<Io>(pair[0], pair[1]);
+  }
+}
+
+// One number as the caller's tensors have it, from that, and as operands have it.
+template <typename Io>
+RNN_DEVICE Io to_output(float x) {
+  if constexpr (std::is_same_v<Io, float>) {
+    return x;
+  } else {
+    return Io{uint16_t(ptx::pack<Io>(x, 0))};
+  }
+}
+template <typename Io>
+RNN_DEVICE float from_output(Io x) {
+  if constexpr (std::is_same_v<Io, float>) {
+    return x;
+  } else {
+    return ptx::low<Io>(x.bits);
+  }
+}
+template <typename Io>
+RNN_DEVICE Io to_operand(float x) {
+  if constexpr (std::is_same_v<Io, float>) {
+    return of_bits(ptx::tf32(x));
+  } else {
+    return to_output<Io>(x);
+  }
+}
+
+// A register of an operand, from numbers of which `count` are there: zeros beyond.
+template <typename Io>
+RNN_DEVICE uint32_t load_word(const Io* from, int count) {
+  if constexpr (std::is_same_v<Io, float>) {
+    return count > 0 ? ptx::tf32(*from) : 0;
+  } else {
+    const uint32_t even = count > 0 ? from[0].bits : 0;
+    const uint32_t odd = count > 1 ? from[1].bits : 0;
+    return even | odd << 16;
+  }
+}
+
 // A thread's part of the weights: registers [row tile][depth tile][4].
 template <typename S>
 using Weights = uint32_t[S::kRowTiles][S::kDepthTiles][4];
@@ -118,7 +190,7 @@ RNN_DEVICE void multiply(const Weights<S>& weights, const Io* operand, float (&s
   RNN_UNROLL
   for (int k = 0; k + 1 < S::kDepthTiles; k += 2) {
     uint32_t pair[4];
-    ptx::load_matrix(pair, operand + operand_row(lane, S::depth_tile(warp, k)));
+    ptx::load_matrix(pair, operand + operand_row<Io>(lane, S::depth_tile(warp, k)));
     RNN_UNROLL
     for (int i = 0; i < S::kRowTiles; ++i) {
       ptx::mma<Io>(sums[i], weights[i][k], {pair[0], pair[1]});
@@ -128,7 +200,7 @@ RNN_DEVICE void multiply(const Weights<S>& weights, const Io* operand, float (&s
   if constexpr (S::kDepthTiles % 2 != 0) {
     constexpr int kLast = S::kDepthTiles - 1;
     uint32_t last[2];
-    ptx::load_matrix(last, operand + operand_row(lane % kMma, S::depth_tile(warp, kLast)));
+    ptx::load_matrix(last, operand + operand_row<Io>(lane % 16, S::depth_tile(warp, kLast)));
     RNN_UNROLL
     for (int i = 0; i < S::kRowTiles; ++i) ptx::mma<Io>(sums[i], weights[i][kLast], last);
   }
@@ -138,34 +210,6 @@ RNN_DEVICE void multiply(const Weights<S>& weights, const Io* operand, float (&s
     for (int e = 0; e < 4; ++e) sums[i][e] += odd[i][e];
   }
 }
-
-#ifdef __CUDACC__
-
-// Calls use(configuration) with the launch of one cluster for each kTile rows and direction.
-template <typename B, typename... Parameters, typename Use>
-cudaError_t with_launch(void (*kernel)(Parameters...), int64_t batch, int64_t directions, int shared_bytes,
-                        void* stream, const Use& use) {
-  // Clusters of up to 8 CTAs are in every device's reach; for more one has to ask.
-  if (B::kCluster > 8) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (error != cudaSuccess) return error;
-  }
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = B::kCluster;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t configuration = {};
-  configuration.gridDim = dim3(unsigned((batch + kTile - 1) / kTile * B::kCluster), unsigned(directions));
-  configuration.blockDim = dim3(B::kThreads);
-  configuration.dynamicSmemBytes = size_t(shared_bytes);
-  configuration.stream = cudaStream_t(stream);
-  configuration.attrs = &cluster;
-  configuration.numAttrs = 1;
-  return use(configuration);
-}
-
-#endif
 
 }  // namespace cuda
 }  // namespace torchrnn

@@ -15,6 +15,7 @@
 #include "cells/gru.h"
 #include "cells/lstm.h"
 #include "cuda/cluster.h"
+#include "cuda/cluster_launch.h"
 
 namespace torchrnn {
 namespace cuda {
@@ -43,7 +44,7 @@ RNN_FN constexpr int received_place(int sender, int unit, int row) {
 
 template <typename Cell, typename Io, typename B>
 struct BackwardShared {
-  using Split = BackwardSplit<B, Cell::kGates>;
+  using Split = BackwardSplit<Io, B, Cell::kGates>;
   static constexpr int kSenders = B::kCluster * Split::kDepthParts;
   static constexpr int kDgates = Cell::kGates * B::kUnits * kTile;
 
@@ -52,12 +53,18 @@ struct BackwardShared {
   uint64_t barriers[2];
 };
 
-// What a cell reads of one step.
-template <typename Cell>
+// What a cell reads of one step, as memory has it: who converted a number would wait for it.
+template <typename Cell, typename Io>
 struct Inputs {
-  float tape[Cell::kTape];
-  float h_prev, c_prev, dy, dc;
-  bool cut;  // the state before it was forgotten
+  float tape[Cell::kTape], c_prev;
+  Io h_prev, dy, dc;
+  uint8_t cut;  // see Row
+};
+
+// What a step gives to global memory, beside the h before it.
+template <typename Cell>
+struct Outputs {
+  float d[Cell::kGateGrads];
 };
 
 // The gradients by the states of one unit in kRows batch rows, from step to step.
@@ -69,18 +76,16 @@ struct Owner {
 
   const BackwardScan<float>& q;
   const ForwardScan<float>& p;
-  const DirectionBackward<float>& out;
   const int local, unit;  // in the CTA, and of all
   const Row first;
   int length[kRows];   // of each row; 0 if it is past the batch, or the unit past all
   bool linked[kRows];  // whether what the last step's product gives belongs to dh
   float dh[kRows], dc[kRows];
-  Inputs<Cell> in[kRows];  // of the next step
+  Inputs<Cell, Io> in[kRows];  // of the next step
 
-  RNN_DEVICE Owner(const BackwardScan<float>& scan, const DirectionBackward<float>& direction)
+  RNN_DEVICE explicit Owner(const BackwardScan<float>& scan)
       : q(scan),
         p(scan.forward),
-        out(direction),
         local(Ownership<B>::unit(ptx::thread())),
         unit(B::unit(local, ptx::cluster_rank())),
         first(p, first_row<B>() + Ownership<B>::row(ptx::thread(), 0)) {
@@ -90,6 +95,7 @@ struct Owner {
       linked[n] = false;
       dh[n] = is(n) && q.dh_n != nullptr ? q.dh_n[state(n)] : 0;
       dc[n] = is(n) && kMemory && q.dc_n != nullptr ? q.dc_n[state(n)] : 0;
+      in[n] = {};
     }
   }
 
@@ -100,36 +106,58 @@ struct Owner {
     return row;
   }
   RNN_DEVICE int64_t state(int n) const { return (first.state() + n) * p.hidden + unit; }
-  // In y and c_all.
-  RNN_DEVICE int64_t output(int n, int t) const {
-    return ((first.at(t) + n) * p.directions + first.direction) * p.hidden + unit;
+  // Where row n and this unit are at step t: in y and c_all, in dy, and in the tape.
+  RNN_DEVICE uint64_t in_y(int n, int t) const {
+    return start(first.at(t) + n, p.directions * p.hidden) + column();
   }
-  RNN_DEVICE static float read(const void* from, int64_t i) { return widen(static_cast<const Io*>(from)[i]); }
+  RNN_DEVICE uint64_t in_dy(int n, int t) const {
+    return t * q.dy_stride_t + (first.b + n) * q.dy_stride_b + column();
+  }
+  RNN_DEVICE uint64_t in_tape(int n, int t) const {
+    return start(first.in_tape(t) + n, p.tape_size) + uint32_t(unit);
+  }
+  RNN_DEVICE uint32_t column() const {
+    return uint32_t(first.direction) * uint32_t(p.hidden) + uint32_t(unit);
+  }
 
-  // Begins to read what step t needs: early, since memory is far.
+  // Asks for what step t reads, while memory is further away than one step takes. Eight neighbouring lanes,
+  // whose units fill a sector of 32 bytes in each row of the tape, take a row each.
+  RNN_DEVICE void prefetch(int t) const {
+    const int part = ptx::thread() % 8;
+    const void* const of = part < Cell::kTape ? p.tape : part == Cell::kTape ? p.y : q.dy;
+    RNN_UNROLL
+    for (int n = 0; n < kRows; ++n) {
+      const uint64_t at = part < Cell::kTape    ? (in_tape(n, t) + start(part, p.hidden)) * sizeof(float)
+                          : part == Cell::kTape ? in_y(n, t) * sizeof(Io)
+                                                : in_dy(n, t) * sizeof(Io);
+      if (part <= Cell::kTape + 1 && of != nullptr && t < length[n])
+        ptx::prefetch(static_cast<const char*>(of) + at);
+    }
+  }
+
+  // Begins to read what step t needs.
   RNN_DEVICE void load(int t) {
     RNN_UNROLL
     for (int n = 0; n < kRows; ++n)
       if (t < length[n]) load(n, t, in[n]);
   }
 
-  RNN_DEVICE void load(int n, int t, Inputs<Cell>& x) const {
-    const int64_t tape = first.tape(t) + n * p.tape_size + unit, hidden = p.hidden;
+  RNN_DEVICE void load(int n, int t, Inputs<Cell, Io>& x) const {
+    const float* kept = p.tape + in_tape(n, t);
     RNN_UNROLL
-    for (int k = 0; k < Cell::kTape; ++k) x.tape[k] = p.tape[tape + k * hidden];
-    const int64_t dy = t * q.dy_stride_t + (first.b + n) * q.dy_stride_b + first.direction * hidden + unit;
-    x.dy = q.dy != nullptr ? read(q.dy, dy) : 0;
-    x.dc = kMemory && q.dc_all != nullptr ? read(q.dc_all, output(n, t)) : 0;
-    x.h_prev = x.c_prev = 0;
+    for (int k = 0; k < Cell::kTape; ++k, kept += p.hidden) x.tape[k] = *kept;
+    if (q.dy != nullptr) x.dy = static_cast<const Io*>(q.dy)[in_dy(n, t)];
+    if (kMemory && q.dc_all != nullptr) x.dc = static_cast<const Io*>(q.dc_all)[in_y(n, t)];
     x.cut = row(n).cut(t);
-    if (x.cut) return;
     if (first.back ? t + 1 < length[n] : t > 0) {
       const int before = first.back ? t + 1 : t - 1;
-      x.h_prev = read(p.y, output(n, before));
-      if (kMemory) x.c_prev = p.tape[first.tape(before) + n * p.tape_size + unit + Cell::kMemory * hidden];
+      x.h_prev = static_cast<const Io*>(p.y)[in_y(n, before)];
+      if constexpr (kMemory) x.c_prev = p.tape[in_tape(n, before) + start(Cell::kMemory, p.hidden)];
     } else {
-      if (p.h0 != nullptr) x.h_prev = p.h0[state(n)];
-      if (kMemory && p.c0 != nullptr) x.c_prev = p.c0[state(n)];
+      // The initial state is of Io, only wider.
+      const int64_t from = (first.state() + n) * p.hidden + ptx::anew(unit);
+      x.h_prev = to_output<Io>(p.h0 != nullptr ? p.h0[from] : 0);
+      if (kMemory) x.c_prev = p.c0 != nullptr ? p.c0[from] : 0;
     }
   }
 
@@ -151,34 +179,30 @@ struct Owner {
 
   // Goes through the cell at step t: from the gradients by the state after it to those by its gates and,
   // without what goes through R, by the state before it.
-  RNN_DEVICE void step(int t, Io* dgates) {
+  RNN_DEVICE void step(int t, Io* dgates, Outputs<Cell> (&results)[kRows]) {
+    RNN_UNROLL
+    for (int n = 0; n < kRows; ++n) {
+      const Inputs<Cell, Io>& x = in[n];
+      const bool alive = t < length[n];
+      linked[n] = alive && x.cut == 0;
+      // Also of steps that are not there: without branches the rows' instructions can be mixed.
+      float d[Cell::kGateGrads];
+      const typename Cell::State prev{linked[n] ? from_output(x.h_prev) : 0, linked[n] ? x.c_prev : 0};
+      const typename Cell::State dnext{dh[n] + from_output(x.dy), dc[n] + from_output(x.dc)};
+      const typename Cell::State dprev = Cell::backward(Plain(), x.tape, prev, dnext, d);
+      if (alive) dh[n] = linked[n] ? dprev.h : 0, dc[n] = linked[n] ? dprev.c : 0;
+      RNN_UNROLL
+      for (int k = 0; k < Cell::kGateGrads; ++k) results[n].d[k] = alive ? d[k] : 0;
+    }
     RNN_UNROLL
     for (int n = 0; n < kRows; ++n) {
       if (!is(n)) continue;
-      float d[Cell::kGateGrads] = {}, h_prev = 0;
-      const bool alive = t < length[n];
-      linked[n] = alive && !in[n].cut;
-      if (alive) {
-        h_prev = in[n].h_prev;
-        const typename Cell::State prev{h_prev, in[n].c_prev}, dnext{dh[n] + in[n].dy, dc[n] + in[n].dc};
-        const typename Cell::State dprev = Cell::backward(Plain(), in[n].tape, prev, dnext, d);
-        dh[n] = linked[n] ? dprev.h : 0;
-        dc[n] = linked[n] ? dprev.c : 0;
-      }
-      store(n, t, h_prev, d);
       RNN_UNROLL
       for (int gate = 0; gate < kGates; ++gate) {
-        const int place = operand_place(gate * B::kUnits + local, Ownership<B>::row(ptx::thread(), n));
-        round_to(by_rh(d, gate), dgates[place]);
+        const int place = operand_place<Io>(gate * B::kUnits + local, Ownership<B>::row(ptx::thread(), n));
+        dgates[place] = to_operand<Io>(by_rh(results[n].d, gate));
       }
     }
-  }
-
-  // What all steps that no row of the cluster has give.
-  RNN_DEVICE void pad(int t) const {
-    RNN_UNROLL
-    for (int n = 0; n < kRows; ++n)
-      if (is(n)) store(n, t, 0, {});
   }
 
   // The gradient by a gate's row of R h.
@@ -186,14 +210,20 @@ struct Owner {
     return d[(gate + Cell::kInputGrads) % kGates];
   }
 
-  RNN_DEVICE void store(int n, int t, float h_prev, const float (&d)[Cell::kGateGrads]) const {
-    const int64_t at = first.at(t) + n;
-    round_to(h_prev, static_cast<Io*>(out.h_prev)[at * p.hidden + unit]);
+  RNN_DEVICE void store(int t, const Outputs<Cell> (&results)[kRows]) const {
+    const DirectionBackward<float> out = ptx::anew(first.direction) == 0 ? q.direction[0] : q.direction[1];
     RNN_UNROLL
-    for (int gate = 0; gate < kGates; ++gate) {
-      const int64_t to = (at * kGates + gate) * p.hidden + unit;
-      round_to(d[gate + Cell::kInputGrads], static_cast<Io*>(out.dgates_x)[to]);
-      if (Cell::kInputGrads != 0) round_to(by_rh(d, gate), static_cast<Io*>(out.dgates_h)[to]);
+    for (int n = 0; n < kRows; ++n) {
+      if (!is(n)) continue;
+      const uint32_t at = first.at(t) + n;
+      static_cast<Io*>(out.h_prev)[start(at, p.hidden) + uint32_t(unit)] = linked[n] ? in[n].h_prev : Io{0};
+      const uint64_t to = start(at, kGates * p.hidden) + uint32_t(unit);
+      Io *dx = static_cast<Io*>(out.dgates_x) + to, *dh = static_cast<Io*>(out.dgates_h) + to;
+      RNN_UNROLL
+      for (int gate = 0; gate < kGates; ++gate, dx += p.hidden, dh += p.hidden) {
+        *dx = to_output<Io>(results[n].d[gate + Cell::kInputGrads]);
+        if (Cell::kInputGrads != 0) *dh = to_output<Io>(by_rh(results[n].d, gate));
+      }
     }
   }
 
@@ -207,16 +237,18 @@ struct Owner {
   }
 };
 
-// What this thread has of the transposed rows of weight_hh, zero in padding: pairs of columns, which the warp
-// transposes to pairs of rows.
-template <typename B, int kGates, typename Io, typename S = BackwardSplit<B, kGates>>
+// What this thread has of the transposed rows of weight_hh, zero in padding. 16-bit numbers are read as pairs
+// of columns, which the warp transposes to pairs of rows.
+template <typename B, int kGates, typename Io, typename S = BackwardSplit<Io, B, kGates>>
 RNN_DEVICE void load_weights(Weights<S>& weights, const Io* weight_hh, int hidden) {
+  constexpr bool kPairs = kWord<Io> == 2;
   const int warp = ptx::thread() / kLanes, lane = ptx::thread() % kLanes;
   RNN_UNROLL
   for (int k = 0; k < S::kDepthTiles; ++k) {
     RNN_UNROLL
     for (int e = 0; e < 4; e += 2) {
-      const int r = S::depth_tile(warp, k) * kMma + fragment_row(lane, e / 2);
+      const int depth = kPairs ? fragment_row(lane, e / 2) : fragment_depth<Io>(lane, e);
+      const int r = S::depth_tile(warp, k) * kMmaDepth<Io> + depth;
       const int unit = B::unit(r, ptx::cluster_rank());
       const int count = unit < hidden ? hidden : 0;
       const Io* from = weight_hh + (B::gate(r) * hidden + unit) * hidden;
@@ -224,10 +256,10 @@ RNN_DEVICE void load_weights(Weights<S>& weights, const Io* weight_hh, int hidde
       for (int i = 0; i < S::kRowTiles; ++i) {
         RNN_UNROLL
         for (int low = 0; low < 2; ++low) {
-          const int column = S::row_tile(warp, i) * kMma + fragment_depth(lane, 2 * low);
-          const uint32_t even = column < count ? from[column].bits : 0;
-          const uint32_t odd = column + 1 < count ? from[column + 1].bits : 0;
-          weights[i][k][e + low] = ptx::transpose_matrix(even | odd << 16);
+          const int row = kPairs ? fragment_depth<Io>(lane, 2 * low) : fragment_row(lane, low);
+          const int column = S::row_tile(warp, i) * kMma + row;
+          const uint32_t word = load_word(from + column, count - column);
+          weights[i][k][e + low] = kPairs ? ptx::transpose_matrix(word) : word;
         }
       }
     }
@@ -237,7 +269,9 @@ RNN_DEVICE void load_weights(Weights<S>& weights, const Io* weight_hh, int hidde
 // Sends the sums of this warp to the owners of their units.
 template <typename B, typename Split>
 RNN_DEVICE void send(const float (&sums)[Split::kRowTiles][4], float* to, uint64_t* barrier) {
-  const int warp = ptx::thread() / kLanes, lane = ptx::thread() % kLanes;
+  // More than 8 warps have no registers to keep the places in.
+  const int own = ptx::thread() % kLanes, lane = B::kWarps > 8 ? ptx::anew(own) : own;
+  const int warp = ptx::thread() / kLanes;
   const int sender = ptx::cluster_rank() * Split::kDepthParts + Split::depth_part(warp);
   RNN_UNROLL
   for (int i = 0; i < Split::kRowTiles; ++i) {
@@ -256,7 +290,7 @@ RNN_KERNEL void RNN_LAUNCH_BOUNDS(B::kThreads) cluster_backward_kernel(const Bac
   using Shared = BackwardShared<Cell, Io, B>;
   using Split = typename Shared::Split;
   Shared& shared = *reinterpret_cast<Shared*>(ptx::shared_memory());
-  const Exchange<P> exchange{shared.barriers, kBackwardBytes<B, Cell::kGates>};
+  const Exchange<P> exchange{shared.barriers, kBackwardBytes<Io, B, Cell::kGates>};
   exchange.open();
 
   // Not indexed, or the parameters would move to memory that can be.
@@ -269,57 +303,56 @@ RNN_KERNEL void RNN_LAUNCH_BOUNDS(B::kThreads) cluster_backward_kernel(const Bac
   ptx::sync_cluster();
 
   const int steps = cluster_steps<B>(q.forward);
-  Owner<Cell, Io, B> owner(q, w);
+  Owner<Cell, Io, B> owner(q);
   const auto time = [&](int s) { return owner.first.back ? s : steps - 1 - s; };
+  // No row links to the steps that none has.
+  for (int t = steps; t < q.forward.steps; ++t) owner.store(t, {});
   if (steps > 0) owner.load(time(0));
   for (int s = 0; s < steps; ++s) {
     exchange.receive(s);
     owner.add(shared.received[P::buffer(s)]);
     Io* dgates = shared.dgates[s & 1];
-    owner.step(time(s), dgates);
+    Outputs<Cell> results[Ownership<B>::kRows];
+    owner.step(time(s), dgates, results);
     ptx::sync_threads();
-    if (s + 1 < steps) owner.load(time(s + 1));
     float sums[Split::kRowTiles][4];
     multiply<Split>(weights, dgates, sums);
     send<B, Split>(sums, shared.received[P::buffer(s + 1)], shared.barriers + P::buffer(s + 1));
+    // What others do not wait for comes while the messages are under way.
+    owner.store(time(s), results);
+    if (s + 1 < steps) owner.load(time(s + 1));
+    if (s + kAhead < steps) owner.prefetch(time(s + kAhead));
   }
   exchange.receive(steps);  // After this nothing comes any more, so that the CTA may exit.
   owner.add(shared.received[P::buffer(steps)]);
   owner.finish();
-  for (int t = steps; t < q.forward.steps; ++t) owner.pad(t);
 }
 
-}  // namespace
-
-#ifdef __CUDACC__
-
-namespace {
-
-template <typename Cell, typename Io>
-cudaError_t launch(const BackwardScan<float>& q, void* stream) {
-  return with_bucket(q.forward.hidden, [&](auto bucket) {
-    using B = decltype(bucket);
-    constexpr int kBytes = sizeof(BackwardShared<Cell, Io, B>);
-    static_assert(kBytes <= 48 << 10, "more shared memory must be asked for");
-    const auto kernel = cluster_backward_kernel<Cell, Io, B>;
-    return with_launch<B>(kernel, q.forward.batch, q.forward.directions, kBytes, stream,
-                          [&](const cudaLaunchConfig_t& configuration) {
-                            return cudaLaunchKernelEx(&configuration, kernel, q);
-                          });
+// Calls use(configuration, kernel) with the kernel that serves p.
+template <typename Use>
+auto with_kernel(const ForwardScan<float>& p, void* stream, const Use& use) {
+  const auto with_cell = [&]<typename Cell, typename Io>(Cell, Io) {
+    return with_bucket<Io>(p.hidden, [&](auto bucket) {
+      using B = decltype(bucket);
+      constexpr int kBytes = sizeof(BackwardShared<Cell, Io, B>);
+      static_assert(kBytes <= 48 << 10, "more shared memory must be asked for");
+      return with_launch<B, cluster_backward_kernel<Cell, Io, B>>(p.batch, p.directions, kBytes, stream, use);
+    });
+  };
+  return with_operands(p.dtype, [&](auto number) {
+    return p.cell == Cell::kGru ? with_cell(Gru<float>(), number) : with_cell(Lstm<float>(), number);
   });
 }
 
 }  // namespace
 
-int cluster_backward(const BackwardScan<float>& q, void* stream) {
-  if (q.forward.batch == 0) return cudaSuccess;
-  const bool bf16 = q.forward.dtype == Dtype::kBfloat16;
-  if (q.forward.cell == Cell::kGru)
-    return bf16 ? launch<Gru<float>, Bf16>(q, stream) : launch<Gru<float>, Half>(q, stream);
-  return bf16 ? launch<Lstm<float>, Bf16>(q, stream) : launch<Lstm<float>, Half>(q, stream);
+bool cluster_backward_fits(const ForwardScan<float>& p, int device) {
+  return with_kernel(p, nullptr, Fits{device});
 }
 
-#endif
+int cluster_backward(const BackwardScan<float>& q, void* stream) {
+  return q.forward.batch == 0 ? 0 : with_kernel(q.forward, stream, Launch<BackwardScan<float>>{q});
+}
 
 }  // namespace cuda
 }  // namespace torchrnn

@@ -15,17 +15,18 @@
 #include "cells/gru.h"
 #include "cells/lstm.h"
 #include "cuda/cluster.h"
+#include "cuda/cluster_launch.h"
 
 namespace torchrnn {
 namespace cuda {
 namespace {
 
-template <typename Cell, typename B>
+template <typename Cell, typename Io, typename B>
 struct ForwardShared {
-  using Split = ForwardSplit<B, Cell::kGates>;
+  using Split = ForwardSplit<Io, B, Cell::kGates>;
   static constexpr int kRows = Cell::kGates * B::kUnits;
 
-  alignas(16) uint16_t h[2][B::kHidden * kTile];  // operand_place
+  alignas(16) Io h[2][B::kHidden * kTile];        // operand_place
   float sums[Split::kDepthParts][kRows * kTile];  // partial_place
   float bias[kRows];                              // added to wx
   float bias_h[B::kUnits];                        // added to the recurrent sum, of a cell that has this
@@ -36,9 +37,9 @@ struct ForwardShared {
 // can be had again from shared memory or the parameters is not kept.
 template <typename Cell, typename Io, typename B>
 struct Owner {
-  static constexpr int kGates = Cell::kGates, kOwned = 2;
+  static constexpr int kGates = Cell::kGates;
   static constexpr bool kMemory = Cell::kMemory >= 0;
-  using Shared = ForwardShared<Cell, B>;
+  using Shared = ForwardShared<Cell, Io, B>;
 
   const ForwardScan<float>& p;
   const Row row;
@@ -46,9 +47,9 @@ struct Owner {
   const int unit;   // the first
   const int count;  // how many of the units are there
   float h[kOwned], c[kOwned];
-  float input[kGates][kOwned];  // wx of the next step
-  bool cut;                     // whether the state is forgotten before the next step
-  const float* wx;
+  float input[kOwned][kGates];  // wx of the next step
+  uint8_t cut;                  // of the next step: see Row
+  const float* const wx;        // where the first unit is in a row
 
   RNN_DEVICE Owner(const ForwardScan<float>& scan, const DirectionForward<float>& w)
       : p(scan),
@@ -56,12 +57,12 @@ struct Owner {
         warp(ptx::thread() / kLanes),
         lane(ptx::thread() % kLanes),
         unit(ptx::cluster_rank() * B::kUnits + owned_unit(warp, lane)),
-        count(row.b >= p.batch || warp >= B::kChunks || unit >= p.hidden ? 0
-              : p.hidden - unit < 2                                      ? 1
-                                                                         : 2),
+        count(row.b >= p.batch || warp >= B::kGroups || unit >= p.hidden ? 0
+              : p.hidden - unit < kOwned                                 ? 1
+                                                                         : kOwned),
         input{},
-        cut(false),
-        wx(w.wx) {
+        cut(0),
+        wx(w.wx + unit) {
     RNN_UNROLL
     for (int i = 0; i < kOwned; ++i) {
       const int64_t state = row.state() * p.hidden + unit + i;
@@ -70,46 +71,68 @@ struct Owner {
     }
   }
 
-  // Begins to read what step t needs: early, since memory is far.
-  RNN_DEVICE void load(int t, int i) {
-    const float* from = wx + row.at(t) * kGates * p.hidden + unit + i;
-    RNN_UNROLL
-    for (int gate = 0; gate < kGates; ++gate, from += p.hidden)
-      if (i < count && row.alive(t)) input[gate][i] = *from;
+  // Whether there is a step t; times past the last one are negative.
+  RNN_DEVICE bool is_step(int t) const { return t >= 0 && row.alive(t); }
+  RNN_DEVICE const float* input_of(int t) const { return wx + start(row.at(t), kGates * p.hidden); }
+
+  // Asks for what step t reads, while memory is further away than one step takes. The lanes that share a row
+  // take a gate each.
+  RNN_DEVICE void prefetch(int t) const {
+    const int gate = lane % kQuad;
+    if (count > 0 && gate < kGates && is_step(t)) ptx::prefetch(input_of(t) + gate * int(p.hidden));
   }
 
-  // Goes through the cell at step t, to h and c. `after` is the time of the next step, negative if there is
-  // none.
-  RNN_DEVICE void advance(const Shared& shared, int t, int after) {
+  // Begins to read what step t needs.
+  RNN_DEVICE void load(int t) {
+    const float* from = input_of(t);
     RNN_UNROLL
-    for (int i = 0; i < kOwned; ++i) {
-      float x[kGates], rh[kGates], values[Cell::kTape];
+    for (int gate = 0; gate < kGates; ++gate, from += p.hidden) {
       RNN_UNROLL
-      for (int gate = 0; gate < kGates; ++gate) {
-        const int r = gate * B::kUnits + owned_unit(warp, lane) + i;
-        x[gate] = input[gate][i] + shared.bias[r];
-        rh[gate] = gate == Cell::kHiddenBias ? shared.bias_h[owned_unit(warp, lane) + i] : 0;
-        RNN_UNROLL
-        for (int part = 0; part < Shared::Split::kDepthParts; ++part)
-          rh[gate] += shared.sums[part][partial_place(r, owned_batch(lane))];
-      }
-      if (after >= 0) load(after, i);
-      const typename Cell::State next = Cell::forward(Plain(), x, rh, {h[i], c[i]}, values);
-      if (i >= count || !row.alive(t)) continue;
-      h[i] = next.h, c[i] = next.c;
-      if (p.tape == nullptr) continue;
-      float* kept = p.tape + row.tape(t) + unit + i;
-      RNN_UNROLL
-      for (int k = 0; k < Cell::kTape; ++k, kept += p.hidden) *kept = values[k];
+      for (int i = 0; i < kOwned; ++i)
+        if (i < count && is_step(t)) input[i][gate] = from[i];
     }
   }
 
-  // y at step t, of both units.
-  RNN_DEVICE uint32_t output(int t) const { return row.alive(t) ? ptx::pack<Io>(h[0], h[1]) : 0; }
-  RNN_DEVICE void store_output(int t, uint32_t pair) const {
-    Io* y = static_cast<Io*>(p.y) + (row.at(t) * p.directions + row.direction) * p.hidden + unit;
-    if (count > 0) y[0].bits = uint16_t(pair);
-    if (count > 1) y[1].bits = uint16_t(pair >> 16);
+  // Goes through the cell at step t, to h and c. `after` is the time of the next step. A unit that is not
+  // there has a state of zero, and keeps it.
+  RNN_DEVICE void advance(const Shared& shared, int t, int after, float (&values)[kOwned][Cell::kTape]) {
+    float x[kOwned][kGates], rh[kOwned][kGates];
+    RNN_UNROLL
+    for (int gate = 0; gate < kGates; ++gate) {
+      RNN_UNROLL
+      for (int i = 0; i < kOwned; ++i) {
+        const int own = owned_unit(warp, lane) + i, r = gate * B::kUnits + own;
+        x[i][gate] = input[i][gate] + shared.bias[r];
+        rh[i][gate] = shared.sums[0][partial_place(r, owned_batch(lane))];
+        RNN_UNROLL
+        for (int part = 1; part < Shared::Split::kDepthParts; ++part)
+          rh[i][gate] += shared.sums[part][partial_place(r, owned_batch(lane))];
+        if (gate == Cell::kHiddenBias) rh[i][gate] += shared.bias_h[own];
+      }
+    }
+    load(after);
+    RNN_UNROLL
+    for (int i = 0; i < kOwned; ++i) {
+      const typename Cell::State next = Cell::forward(Plain(), x[i], rh[i], {h[i], c[i]}, values[i]);
+      if (row.alive(t)) h[i] = next.h, c[i] = next.c;
+    }
+  }
+
+  // y at step t, and what backward wants to know of it.
+  RNN_DEVICE void store(int t, const float (&h)[kOwned], const float (&values)[kOwned][Cell::kTape]) const {
+    const uint32_t column = uint32_t(row.direction) * uint32_t(p.hidden) + uint32_t(unit);
+    Io* to = static_cast<Io*>(p.y) + start(row.at(t), p.directions * p.hidden) + column;
+    RNN_UNROLL
+    for (int i = 0; i < kOwned; ++i)
+      if (i < count) to[i] = to_output<Io>(row.alive(t) ? h[i] : 0);
+    if (p.tape == nullptr || !row.alive(t)) return;
+    float* kept = p.tape + start(row.in_tape(t), p.tape_size) + uint32_t(unit);
+    RNN_UNROLL
+    for (int k = 0; k < Cell::kTape; ++k, kept += p.hidden) {
+      RNN_UNROLL
+      for (int i = 0; i < kOwned; ++i)
+        if (i < count) kept[i] = values[i][k];
+    }
   }
 
   RNN_DEVICE void forget() {
@@ -118,17 +141,19 @@ struct Owner {
   }
 
   // Sends h to all that read it in the next step.
-  RNN_DEVICE void send(uint16_t* to, uint64_t* barrier) const {
-    const uint32_t own = ptx::pack<Io>(h[0], h[1]);
-    uint32_t chunk[kQuad];
+  RNN_DEVICE void send(Io* to, uint64_t* barrier) const {
+    constexpr int kWords = kOwned / kWord<Io>;
+    uint32_t own[kWords], chunk[4];
+    to_words<Io>(h, own);
+    const int first = first_sharer<Io>(lane);
     RNN_UNROLL
-    for (int i = 0; i < kQuad; ++i) chunk[i] = ptx::shuffle(own, lane / kQuad * kQuad + i);
-    const int depth = ptx::cluster_rank() * B::kUnits + warp * kChunk;
+    for (int i = 0; i < 4; ++i) chunk[i] = ptx::shuffle(own[i % kWords], first + i / kWords);
+    const int depth = ptx::cluster_rank() * B::kUnits + owned_unit(warp, first);
     RNN_UNROLL
-    for (int i = 0; i < kDestinations<B>; ++i) {
-      const int rank = destination(lane, i);
+    for (int i = 0; i < kDestinations<Io, B>; ++i) {
+      const int rank = destination<Io>(lane, i);
       if (rank < B::kCluster)
-        ptx::store_async(to + operand_place(depth, owned_batch(lane)), rank, chunk, barrier);
+        ptx::store_async(to + operand_place<Io>(depth, owned_batch(lane)), rank, chunk, barrier);
     }
   }
 
@@ -145,10 +170,10 @@ struct Owner {
 
 // The rows of weight_hh that this thread has a part of, zero in padding. Every address is that of a row and a
 // constant.
-template <typename B, int kGates, typename Io, typename S = ForwardSplit<B, kGates>>
+template <typename B, int kGates, typename Io, typename S = ForwardSplit<Io, B, kGates>>
 RNN_DEVICE void load_weights(Weights<S>& weights, const Io* weight_hh, int hidden) {
   const int warp = ptx::thread() / kLanes, lane = ptx::thread() % kLanes;
-  const int first = S::depth_tile(warp, 0) * kMma + fragment_depth(lane, 0);
+  const int first = S::depth_tile(warp, 0) * kMmaDepth<Io> + fragment_depth<Io>(lane, 0);
   RNN_UNROLL
   for (int i = 0; i < S::kRowTiles; ++i) {
     RNN_UNROLL
@@ -161,10 +186,8 @@ RNN_DEVICE void load_weights(Weights<S>& weights, const Io* weight_hh, int hidde
       for (int k = 0; k < S::kDepthTiles; ++k) {
         RNN_UNROLL
         for (int e = low; e < 4; e += 2) {
-          const int depth = S::depth_tile(warp, k) * kMma + fragment_depth(lane, e) - first;
-          const uint32_t even = depth < count ? from[depth].bits : 0;
-          const uint32_t odd = depth + 1 < count ? from[depth + 1].bits : 0;
-          weights[i][k][e] = even | odd << 16;
+          const int depth = S::depth_tile(warp, k) * kMmaDepth<Io> + fragment_depth<Io>(lane, e) - first;
+          weights[i][k][e] = load_word(from + depth, count - depth);
         }
       }
     }
@@ -173,20 +196,20 @@ RNN_DEVICE void load_weights(Weights<S>& weights, const Io* weight_hh, int hidde
 
 // What the first product reads: h0, zero where step t forgets it, in padding and in rows past the batch.
 template <typename Io, typename B>
-RNN_DEVICE void load_h0(const ForwardScan<float>& p, int t, uint16_t* h) {
+RNN_DEVICE void load_h0(const ForwardScan<float>& p, int t, Io* h) {
   for (int i = ptx::thread(); i < B::kHidden * kTile; i += B::kThreads) {
     const int batch = i / B::kHidden, depth = i % B::kHidden;
     const Row row(p, first_row<B>() + batch);
     float value = 0;
-    if (row.b < p.batch && depth < p.hidden && p.h0 != nullptr && !row.cut(t))
+    if (row.b < p.batch && depth < p.hidden && p.h0 != nullptr && row.cut(t) == 0)
       value = p.h0[row.state() * p.hidden + depth];
-    h[operand_place(depth, batch)] = uint16_t(ptx::pack<Io>(value, 0));
+    h[operand_place<Io>(depth, batch)] = to_operand<Io>(value);
   }
 }
 
 // Zeros for the units that are not there.
-template <typename Cell, typename B>
-RNN_DEVICE void load_biases(ForwardShared<Cell, B>& shared, const DirectionForward<float>& w,
+template <typename Cell, typename Io, typename B>
+RNN_DEVICE void load_biases(ForwardShared<Cell, Io, B>& shared, const DirectionForward<float>& w,
                             int64_t hidden) {
   for (int r = ptx::thread(); r < shared.kRows; r += B::kThreads) {
     const int unit = B::unit(r, ptx::cluster_rank());
@@ -198,10 +221,10 @@ RNN_DEVICE void load_biases(ForwardShared<Cell, B>& shared, const DirectionForwa
 
 template <typename Cell, typename Io, typename B, typename P = Protocol>
 RNN_KERNEL void RNN_LAUNCH_BOUNDS(B::kThreads) cluster_forward_kernel(const ForwardScan<float> p) {
-  using Shared = ForwardShared<Cell, B>;
+  using Shared = ForwardShared<Cell, Io, B>;
   using Split = typename Shared::Split;
   Shared& shared = *reinterpret_cast<Shared*>(ptx::shared_memory());
-  const Exchange<P> exchange{shared.barriers, kForwardBytes<B>};
+  const Exchange<P> exchange{shared.barriers, kForwardBytes<Io, B>};
   exchange.open();
 
   // Not indexed, or the parameters would move to memory that can be.
@@ -215,21 +238,21 @@ RNN_KERNEL void RNN_LAUNCH_BOUNDS(B::kThreads) cluster_forward_kernel(const Forw
   // Times past the last step are negative.
   const auto time = [&](int s) { return s >= steps ? -1 : back ? steps - 1 - s : s; };
   Owner<Cell, Io, B> owner(p, w);
-  const bool owns = owner.warp < B::kChunks;
-  const auto cut = [&](int s) { return s < steps && owner.row.cut(time(s)); };
+  const bool owns = owner.warp < B::kGroups;
+  const auto cut = [&](int s) { return s < steps ? owner.row.cut(time(s)) : uint8_t(0); };
   if (steps > 0) {
     load_h0<Io, B>(p, time(0), shared.h[0]);
-    owner.load(time(0), 0);
-    owner.load(time(0), 1);
-    if (cut(0)) owner.forget();
+    owner.load(time(0));
+    if (cut(0) != 0) owner.forget();
     owner.cut = cut(1);
   }
   ptx::sync_cluster();
 
   for (int s = 0; s < steps; ++s) {
+    if (owns) owner.prefetch(time(s + kAhead));
     exchange.receive(s);
     float sums[Split::kRowTiles][4];
-    multiply<Split>(weights, reinterpret_cast<const Io*>(shared.h[P::buffer(s)]), sums);
+    multiply<Split>(weights, shared.h[P::buffer(s)], sums);
     RNN_UNROLL
     for (int i = 0; i < Split::kRowTiles; ++i) {
       RNN_UNROLL
@@ -240,83 +263,45 @@ RNN_KERNEL void RNN_LAUNCH_BOUNDS(B::kThreads) cluster_forward_kernel(const Forw
     }
     ptx::sync_threads();
     if (!owns) continue;
-    owner.advance(shared, time(s), time(s + 1));
-    const uint32_t y = owner.output(time(s));
-    if (owner.cut) owner.forget();
+    float values[kOwned][Cell::kTape];
+    owner.advance(shared, time(s), time(s + 1), values);
+    const float h[kOwned] = {owner.h[0], owner.h[1]};
+    if (owner.cut != 0) owner.forget();
     if (s + 1 < steps) owner.send(shared.h[P::buffer(s + 1)], shared.barriers + P::buffer(s + 1));
-    owner.store_output(time(s), y);
+    owner.store(time(s), h, values);
     owner.cut = cut(s + 2);
   }
 
-  for (int t = steps; t < p.steps; ++t) owner.store_output(t, 0);
+  for (int t = steps; t < p.steps; ++t) owner.store(t, {}, {});
   owner.finish();
   // A CTA may exit now: the last step has waited for all that is ever sent to it.
 }
 
-}  // namespace
-
-#ifdef __CUDACC__
-
-namespace {
-
 // Calls use(configuration, kernel) with the kernel that serves p.
-template <typename Cell, typename Io, typename Use>
-cudaError_t with_kernel(const ForwardScan<float>& p, void* stream, const Use& use) {
-  return with_bucket(p.hidden, [&](auto bucket) {
-    using B = ForwardBucket<decltype(bucket), Cell::kGates>;
-    constexpr int kBytes = sizeof(ForwardShared<Cell, B>);
-    static_assert(kBytes <= 48 << 10, "more shared memory must be asked for");
-    const auto kernel = cluster_forward_kernel<Cell, Io, B>;
-    return with_launch<B>(
-        kernel, p.batch, p.directions, kBytes, stream,
-        [&](const cudaLaunchConfig_t& configuration) { return use(configuration, kernel); });
-  });
-}
-
 template <typename Use>
-cudaError_t with_kernel(const ForwardScan<float>& p, void* stream, const Use& use) {
-  const bool bf16 = p.dtype == Dtype::kBfloat16;
-  if (p.cell == Cell::kGru)
-    return bf16 ? with_kernel<Gru<float>, Bf16>(p, stream, use)
-                : with_kernel<Gru<float>, Half>(p, stream, use);
-  return bf16 ? with_kernel<Lstm<float>, Bf16>(p, stream, use)
-              : with_kernel<Lstm<float>, Half>(p, stream, use);
+auto with_kernel(const ForwardScan<float>& p, void* stream, const Use& use) {
+  const auto with_cell = [&]<typename Cell, typename Io>(Cell, Io) {
+    return with_bucket<Io>(p.hidden, [&](auto bucket) {
+      using B = ForwardBucket<decltype(bucket), Cell::kGates>;
+      constexpr int kBytes = sizeof(ForwardShared<Cell, Io, B>);
+      static_assert(kBytes <= 48 << 10, "more shared memory must be asked for");
+      return with_launch<B, cluster_forward_kernel<Cell, Io, B>>(p.batch, p.directions, kBytes, stream, use);
+    });
+  };
+  return with_operands(p.dtype, [&](auto number) {
+    return p.cell == Cell::kGru ? with_cell(Gru<float>(), number) : with_cell(Lstm<float>(), number);
+  });
 }
 
 }  // namespace
 
-const char* cluster_why_not(const ForwardScan<float>& p, int device) {
-  if (p.cell != Cell::kLstm && p.cell != Cell::kGru) return "the cell is not lstm or gru";
-  if (p.dtype != Dtype::kBfloat16 && p.dtype != Dtype::kFloat16)
-    return "the dtype is not bfloat16 or float16";
-  if (p.hidden > kClusterHidden) return "the hidden size is above 512";
-  if (p.activation != Activation::kTanh) return "the activation is not tanh";
-  if (p.projected) return "there is a projection";
-  if (p.direction[0].peephole != nullptr) return "there are peepholes";
-  if (p.direction[0].norm_gain != nullptr) return "there is layer normalisation";
-  if (p.cell_clip * 0 == 0) return "the cell state is clipped";
-  if (p.mask_h != nullptr || p.mask_c != nullptr) return "there are masks on the state";
-  if (p.c_all != nullptr) return "every step's cell state is wanted";
-  if (p.steps >= INT32_MAX) return "there are too many steps";
-  int major = 0, clusters = 0;
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (major < 9) return "the compute capability is below 9.0";
-  if (p.batch == 0) return nullptr;  // Nothing will be launched.
-  with_kernel(p, nullptr, [&](const cudaLaunchConfig_t& configuration, auto kernel) {
-    return cudaOccupancyMaxActiveClusters(&clusters, kernel, &configuration);
-  });
-  cudaGetLastError();  // Or the next launch would seem to have failed.
-  return clusters < 1 ? "a cluster does not fit the device" : nullptr;
+bool cluster_forward_fits(const ForwardScan<float>& p, int device) {
+  return with_kernel(p, nullptr, Fits{device});
 }
 
 int cluster_forward(const ForwardScan<float>& p, void* stream) {
-  if (p.batch == 0) return cudaSuccess;
-  return with_kernel(p, stream, [&](const cudaLaunchConfig_t& configuration, auto kernel) {
-    return cudaLaunchKernelEx(&configuration, kernel, p);
-  });
+  return p.batch == 0 ? 0 : with_kernel(p, stream, Launch<ForwardScan<float>>{p});
 }
-
-#endif
 
 }  // namespace cuda
 }  // namespace torchrnn

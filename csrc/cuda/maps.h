@@ -9,6 +9,9 @@
 //
 // Forward the CTAs give each other h, so that each has all of it; backward each CTA gives every other its
 // part of the sums for that one's units.
+//
+// Operands are of the caller's dtype Io: Bf16, Half, or float, which is rounded to TF32. An mma has 32 bytes
+// of depth whatever that is, and its fragments the same bytes; only the count of numbers in them differs.
 #pragma once
 
 #include <cstdint>
@@ -19,10 +22,18 @@ namespace torchrnn {
 namespace cuda {
 
 constexpr int kTile = 8;    // batch rows of a cluster: the columns of an mma
-constexpr int kChunk = 8;   // hidden units whose h in one batch row are the 16 bytes of a load or store
-constexpr int kQuad = 4;    // lanes that have one row of the fragments, or one batch row of a chunk
-constexpr int kMma = 16;    // rows and depth of an mma
+constexpr int kGroup = 8;   // hidden units whose states one warp owns
+constexpr int kQuad = 4;    // lanes that have one row of the fragments, or one batch row of a group
+constexpr int kMma = 16;    // rows of an mma
 constexpr int kLanes = 32;  // of a warp
+
+// Numbers in a register, in 16 bytes (the chunks that are loaded and sent), and in the depth of an mma.
+template <typename Io>
+constexpr int kWord = 4 / sizeof(Io);
+template <typename Io>
+constexpr int kChunk = 16 / sizeof(Io);
+template <typename Io>
+constexpr int kMmaDepth = 32 / sizeof(Io);
 
 // A size of the kernels: H is padded to kHidden with weights of zero.
 template <int kHidden_, int kCluster_, int kWarps_>
@@ -32,9 +43,9 @@ struct Bucket {
   static constexpr int kWarps = kWarps_;      // of a CTA
   static constexpr int kThreads = kWarps * kLanes;
   static constexpr int kUnits = kHidden / kCluster;
-  static constexpr int kChunks = kUnits / kChunk;
-  static_assert(kHidden % kMma == 0 && kUnits % kChunk == 0 && kChunks * kCluster * kChunk == kHidden);
-  static_assert(kChunks <= kWarps, "each chunk of units has a warp of its own");
+  static constexpr int kGroups = kUnits / kGroup;
+  static_assert(kHidden % kMma == 0 && kUnits % kGroup == 0 && kGroups * kCluster * kGroup == kHidden);
+  static_assert(kGroups <= kWarps, "each group of units has a warp of its own");
 
   // Gate rows, and what they are rows of.
   RNN_FN static constexpr int gate(int row) { return row / kUnits; }
@@ -49,9 +60,9 @@ using ForwardBucket = Bucket<B::kHidden, B::kCluster, (kGates == 4 && B::kWarps 
 // The product of [kRows, kDepth] by [kDepth, kTile], shared by the warps: parts of the rows, and where there
 // are fewer of these than warps, parts of the depth, whose sums are to be added. A warp has at least
 // kLeastTiles tiles of rows, so that its mma need not wait for one another.
-template <int kRows, int kDepth, int kWarps, int kLeastTiles>
+template <typename Io, int kRows, int kDepth, int kWarps, int kLeastTiles>
 struct Split {
-  static constexpr int kAllRowTiles = kRows / kMma, kAllDepthTiles = kDepth / kMma;
+  static constexpr int kAllRowTiles = kRows / kMma, kAllDepthTiles = kDepth / kMmaDepth<Io>;
   RNN_FN static constexpr int row_parts() {
     int parts = kWarps;
     while (parts > 1 &&
@@ -61,7 +72,7 @@ struct Split {
   }
   static constexpr int kRowParts = row_parts(), kDepthParts = kWarps / kRowParts;
   static constexpr int kRowTiles = kAllRowTiles / kRowParts, kDepthTiles = kAllDepthTiles / kDepthParts;
-  static_assert(kRows % kMma == 0 && kDepth % kMma == 0 && kAllDepthTiles % kDepthParts == 0);
+  static_assert(kRows % kMma == 0 && kDepth % kMmaDepth<Io> == 0 && kAllDepthTiles % kDepthParts == 0);
 
   // The i-th tile of a warp. The warps of a depth part are neighbours.
   RNN_FN static constexpr int row_tile(int warp, int i) { return warp % kRowParts * kRowTiles + i; }
@@ -69,29 +80,33 @@ struct Split {
   RNN_FN static constexpr int depth_tile(int warp, int i) { return depth_part(warp) * kDepthTiles + i; }
 };
 
-template <typename B, int kGates>
-using ForwardSplit = Split<kGates * B::kUnits, B::kHidden, B::kWarps, 2>;
-template <typename B, int kGates>
-using BackwardSplit = Split<B::kHidden, kGates * B::kUnits, B::kWarps, 1>;
+template <typename Io, typename B, int kGates>
+using ForwardSplit = Split<Io, kGates * B::kUnits, B::kHidden, B::kWarps, 2>;
+template <typename Io, typename B, int kGates>
+using BackwardSplit = Split<Io, B::kHidden, kGates * B::kUnits, B::kWarps, 1>;
 
-// Operand a of an mma: register e of a lane has (row, depth) in its lower half, and in its upper half the
-// next of the depth.
+// Operand a of an mma: register e of a lane has (row, depth), and above that the next of the depth if two
+// numbers fit.
 RNN_FN constexpr int fragment_row(int lane, int e) { return lane / kQuad + 8 * (e & 1); }
-RNN_FN constexpr int fragment_depth(int lane, int e) { return lane % kQuad * 2 + 8 * (e >> 1); }
+template <typename Io>
+RNN_FN constexpr int fragment_depth(int lane, int e) {
+  return (lane % kQuad + kQuad * (e >> 1)) * kWord<Io>;
+}
 
 // The sums of an mma: register e of a lane has (row, batch row).
 RNN_FN constexpr int sum_row(int lane, int e) { return lane / kQuad + 8 * (e >> 1); }
 RNN_FN constexpr int sum_batch(int lane, int e) { return lane % kQuad * 2 + (e & 1); }
 
-// Operand b, [kDepth, kTile] of 16-bit values, lies in shared memory as chunks of the depth, and in a chunk
-// by batch row.
+// Operand b, [kDepth, kTile], lies in shared memory as chunks of the depth, and in a chunk by batch row.
+template <typename Io>
 RNN_FN constexpr int operand_place(int depth, int batch) {
-  return (depth / kChunk * kTile + batch) * kChunk + depth % kChunk;
+  return (depth / kChunk<Io> * kTile + batch) * kChunk<Io> + depth % kChunk<Io>;
 }
 // Where the row begins whose address a lane gives to load_matrix. The four matrices are the registers of
 // depth tile `tile` and the next one, two for each.
+template <typename Io>
 RNN_FN constexpr int operand_row(int lane, int tile) {
-  return operand_place((2 * tile + lane / 8) * kChunk, lane % 8);
+  return operand_place<Io>((2 * tile + lane / 8) * kChunk<Io>, lane % 8);
 }
 
 // Sums of the gate rows in shared memory. Of eight rows the even ones come first, so that both the lanes
@@ -100,15 +115,25 @@ RNN_FN constexpr int partial_place(int row, int batch) {
   return (row / 8 * 8 + row % 8 / 2 + row % 2 * 4) * kTile + batch;
 }
 
-// The owner of a state: a warp has the chunk of its own number, a lane one batch row and of that two units.
+// The owner of a state: a warp has the group of its own number, a lane one batch row and of that two units.
+constexpr int kOwned = 2;
 RNN_FN constexpr int owned_batch(int lane) { return lane / kQuad; }
-RNN_FN constexpr int owned_unit(int warp, int lane) { return warp * kChunk + lane % kQuad * 2; }
+RNN_FN constexpr int owned_unit(int warp, int lane) { return warp * kGroup + lane % kQuad * kOwned; }
 
-// The four lanes of a quad know all 16 bytes of a chunk's batch row. Each sends them to every fourth CTA of
-// the cluster, the own one among them; destinations past the cluster are none.
-template <typename B>
-constexpr int kDestinations = (B::kCluster + kQuad - 1) / kQuad;
-RNN_FN constexpr int destination(int lane, int i) { return i * kQuad + lane % kQuad; }
+// Neighbouring lanes own a chunk, and tell each other its numbers. Then each sends it to every kSharers-th
+// CTA of the cluster, the own one among them; destinations past the cluster are none.
+template <typename Io>
+constexpr int kSharers = kChunk<Io> / kOwned;
+template <typename Io>
+RNN_FN constexpr int first_sharer(int lane) {
+  return lane / kSharers<Io> * kSharers<Io>;
+}
+template <typename Io, typename B>
+constexpr int kDestinations = (B::kCluster + kSharers<Io> - 1) / kSharers<Io>;
+template <typename Io>
+RNN_FN constexpr int destination(int lane, int i) {
+  return i * kSharers<Io> + lane % kSharers<Io>;
+}
 
 // The CTA that owns a unit: where backward a sum goes to.
 template <typename B>
@@ -117,11 +142,11 @@ RNN_FN constexpr int owner(int unit) {
 }
 
 // Bytes that come to every CTA in a step.
-template <typename B>
-constexpr uint32_t kForwardBytes = B::kHidden * kTile * sizeof(uint16_t);
-template <typename B, int kGates>
+template <typename Io, typename B>
+constexpr uint32_t kForwardBytes = B::kHidden * kTile * sizeof(Io);
+template <typename Io, typename B, int kGates>
 constexpr uint32_t kBackwardBytes =
-    BackwardSplit<B, kGates>::kDepthParts * B::kHidden * kTile * sizeof(float);
+    BackwardSplit<Io, B, kGates>::kDepthParts * B::kHidden * kTile * sizeof(float);
 
 // What lets two buffers and one barrier for each serve all steps. The protocol is a type so that tests can
 // break it and see that this is found.

@@ -69,6 +69,18 @@ RNN_DEVICE uint32_t shared_address(const void* pointer) {
 RNN_DEVICE void sync_threads() { __syncthreads(); }
 RNN_DEVICE void sync_warp() { __syncwarp(); }
 
+// x, of which a compiler knows nothing, so that what follows from it is computed where it stands and not kept
+// in registers from before a loop.
+RNN_DEVICE int anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// Asks L2 for what is at an address of global memory.
+RNN_DEVICE void prefetch(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(address)));
+}
+
 // What any thread of the cluster wrote before is seen by all after. One must stand before the first write to
 // another CTA, which may not run yet, and one after the last, since the other CTA may run no longer.
 RNN_DEVICE void sync_cluster() {
@@ -190,6 +202,13 @@ RNN_DEVICE uint32_t pack(float low, float high) {
   return pair;
 }
 
+// Rounded to TF32, of two equally near numbers to that further from zero.
+RNN_DEVICE uint32_t tf32(float x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return bits;
+}
+
 template <typename T>
 RNN_DEVICE float low(uint32_t pair) {
   if constexpr (std::is_same_v<T, Bf16>) return __uint_as_float(pair << 16);
@@ -208,9 +227,16 @@ RNN_DEVICE float high(uint32_t pair) {
 //   a: (r, 2q), (r + 8, 2q), (r, 2q + 8), (r + 8, 2q + 8)      as (row, first k)
 //   b: (2q, r), (2q + 8, r)                                    as (first k, column)
 //   d: (r, 2q), (r, 2q + 1), (r + 8, 2q), (r + 8, 2q + 1)      as (row, column)
+// Of float, in TF32, a is [16, 8] and b [8, 8], with one number where there are pairs: halve all k.
 template <typename T>
 RNN_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  if constexpr (std::is_same_v<T, Bf16>) {
+  if constexpr (std::is_same_v<T, float>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else if constexpr (std::is_same_v<T, Bf16>) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cuda/emulator.h"
 #include "cuda/half.h"
@@ -43,6 +44,11 @@ inline char* shared_memory() {
   const Off off;
   return emulator::cluster->self().cta->memory.get();
 }
+
+inline int anew(int x) { return x; }
+
+// Only the address must be one that can be read.
+inline void prefetch(const void* address) { *static_cast<const volatile char*>(address); }
 
 inline void sync_threads(Site site = Site::current()) {
   const Off off;
@@ -159,6 +165,12 @@ uint32_t pack(float low, float high) {
   return pair[0].bits | uint32_t(pair[1].bits) << 16;
 }
 
+inline uint32_t tf32(float x) {
+  const uint32_t bits = cuda::bits_of(x);
+  if ((bits & 0x7f800000) == 0x7f800000) return x != x ? 0x7fffffff : bits;
+  return (bits + 0x1000) & ~0x1fffu;
+}
+
 template <typename T>
 float low(uint32_t pair) {
   return cuda::widen(T{uint16_t(pair)});
@@ -177,23 +189,24 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site sit
     const uint32_t (&b)[2];
   } operand{d, a, b};
   warp_wide("mma", site, operand, [](Operand** lanes) {
-    float left[16][16], right[8][16];  // a, and b transposed
+    constexpr int kWord = std::is_same_v<T, float> ? 1 : 2, kDepth = 8 * kWord;
+    float left[16][kDepth], right[8][kDepth];  // a, and b transposed
+    const auto split = [](uint32_t word, float* to) {
+      if constexpr (kWord == 1)
+        to[0] = cuda::of_bits(word & ~0x1fffu);  // A device ignores what TF32 has not.
+      else
+        to[0] = low<T>(word), to[1] = high<T>(word);
+    };
     for (int lane = 0; lane < emulator::kLanes; ++lane) {
       const int r = lane / 4, q = lane % 4;
-      for (int i = 0; i < 4; ++i) {
-        float* pair = &left[r + i % 2 * 8][2 * q + i / 2 * 8];
-        pair[0] = low<T>(lanes[lane]->a[i]), pair[1] = high<T>(lanes[lane]->a[i]);
-      }
-      for (int i = 0; i < 2; ++i) {
-        float* pair = &right[r][2 * q + i * 8];
-        pair[0] = low<T>(lanes[lane]->b[i]), pair[1] = high<T>(lanes[lane]->b[i]);
-      }
+      for (int i = 0; i < 4; ++i) split(lanes[lane]->a[i], &left[r + i % 2 * 8][(q + i / 2 * 4) * kWord]);
+      for (int i = 0; i < 2; ++i) split(lanes[lane]->b[i], &right[r][(q + i * 4) * kWord]);
     }
     for (int lane = 0; lane < emulator::kLanes; ++lane) {
       for (int i = 0; i < 4; ++i) {
         const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
         float& sum = lanes[lane]->d[i];
-        for (int k = 0; k < 16; ++k) sum += left[row][k] * right[column][k];
+        for (int k = 0; k < kDepth; ++k) sum += left[row][k] * right[column][k];
       }
     }
   });

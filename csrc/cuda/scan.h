@@ -51,6 +51,7 @@ struct ForwardScan {
   int64_t steps, batch, hidden, outputs, directions;  // T, B, H, R, D
   bool reverse;                                       // direction 0 runs backwards; direction 1 always does
   bool projected;                                     // weight_hr is there
+  bool tf32;                                          // products of float32 may be rounded to TF32
   Acc cell_clip, proj_clip;                           // infinity is no bound
   Acc norm_eps;
 
@@ -118,9 +119,12 @@ int step_forward(const ForwardScan<Acc>& p, const Blas& blas, void* workspace, v
 template <typename Acc>
 int step_backward(const BackwardScan<Acc>& p, const Blas& blas, void* workspace, void* stream);
 
-// The cluster path (sm_90 and later): LSTM and GRU without variations but lengths and resets, bfloat16 and
-// float16, H up to 512. `why` is null, or says in a few words why a call is not served.
-const char* cluster_why_not(const ForwardScan<float>& p, int device);
+// The cluster path (sm_90 and later): LSTM and GRU without variations but lengths and resets; bfloat16 and
+// float16 with H up to 512, and float32 as TF32 up to 256. cluster_why_not returns null, or in a few words
+// why a call is not served; *_fits whether a device has room for the kernels that would serve it.
+const char* cluster_why_not(const ForwardScan<float>& p, int device, int capability);
+bool cluster_forward_fits(const ForwardScan<float>& p, int device);
+bool cluster_backward_fits(const ForwardScan<float>& p, int device);
 int cluster_forward(const ForwardScan<float>& p, void* stream);
 int cluster_backward(const BackwardScan<float>& p, void* stream);
 

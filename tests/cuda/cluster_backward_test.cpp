@@ -50,9 +50,14 @@ void run(const BackwardScan<float>& q, uint64_t seed) {
                    [&] { cluster_backward_kernel<Cell, Io, B, P>(q); });
 }
 
-// Small clusters of both kinds of Ownership, and of one and of two parts of the depth.
+// The kernel that serves the call; or, since emulation takes long, one with a small cluster of two. Of these
+// there are both kinds of Ownership, and one and two parts of the depth.
 template <typename Cell, typename Io>
-void run(const BackwardScan<float>& q, const std::string& fault, uint64_t seed) {
+void run(const BackwardScan<float>& q, bool pair, const std::string& fault, uint64_t seed) {
+  if (!pair) {
+    cluster_backward(q, reinterpret_cast<void*>(seed));
+    return;
+  }
   if (q.forward.hidden > 64) return run<Cell, Io, Bucket<96, 2, 6>, Protocol>(q, seed);
   if (q.forward.hidden > 32) return run<Cell, Io, Bucket<64, 2, 8>, Protocol>(q, seed);
   using B = Bucket<32, 2, 2>;
@@ -69,6 +74,7 @@ template <typename Cell, typename Io>
 void run(Case& c, BackwardScan<float>& q, const std::string& fault, uint64_t seed) {
   ForwardScan<float>& p = q.forward;
   p.reverse = c.number() != 0;
+  const bool pair = c.number() != 0;
   p.steps = c.number(), p.batch = c.number(), p.hidden = c.number(), p.directions = c.number();
   q.dy_stride_t = c.number(), q.dy_stride_b = c.number();
   p.outputs = p.hidden;
@@ -90,13 +96,13 @@ void run(Case& c, BackwardScan<float>& q, const std::string& fault, uint64_t see
   }
   q.dh0 = c.result<float>(p.directions * states);
   if (Cell::kMemory >= 0) q.dc0 = c.result<float>(p.directions * states);
-  run<Cell, Io>(q, fault, seed);
+  run<Cell, Io>(q, pair, fault, seed);
 }
 
 // Every state of every bucket has one owner, and every sum that is received a place of its own.
-template <typename B, int kGates>
+template <typename Io, typename B, int kGates>
 void check_maps() {
-  constexpr int kSenders = BackwardSplit<B, kGates>::kDepthParts * B::kCluster;
+  constexpr int kSenders = BackwardSplit<Io, B, kGates>::kDepthParts * B::kCluster;
   std::vector<int> owners(B::kUnits * kTile), places(kSenders * B::kUnits * kTile);
   for (int thread = 0; thread < B::kThreads; ++thread) {
     if (Ownership<B>::unit(thread) >= B::kUnits) continue;
@@ -113,19 +119,28 @@ void check_maps() {
     if (count != 1) throw std::runtime_error("two sums have one place");
 }
 
-void run(const char* in, const char* out, uint64_t seed, const std::string& fault) {
+template <typename Io>
+void check_all_maps() {
   for (const int64_t hidden : {64, 128, 256, 384, 512})
-    with_bucket(hidden, [](auto bucket) {
-      check_maps<decltype(bucket), 3>();
-      check_maps<decltype(bucket), 4>();
-    });
+    if (hidden <= kLargest<Io>)
+      with_bucket<Io>(hidden, [](auto bucket) {
+        check_maps<Io, decltype(bucket), 3>();
+        check_maps<Io, decltype(bucket), 4>();
+      });
+}
+
+void run(const char* in, const char* out, uint64_t seed, const std::string& fault) {
+  check_all_maps<Half>();
+  check_all_maps<float>();
   Case c{std::ifstream(in, std::ios::binary), {}, {}};
   BackwardScan<float> q{};
-  const bool gru = c.number() != 0, bf16 = c.number() != 0;
-  if (gru)
-    bf16 ? run<Gru<float>, Bf16>(c, q, fault, seed) : run<Gru<float>, Half>(c, q, fault, seed);
-  else
-    bf16 ? run<Lstm<float>, Bf16>(c, q, fault, seed) : run<Lstm<float>, Half>(c, q, fault, seed);
+  q.forward.cell = c.number() != 0 ? Cell::kGru : Cell::kLstm;
+  q.forward.dtype = Dtype(c.number());
+  with_operands(q.forward.dtype, [&](auto number) {
+    using Io = decltype(number);
+    q.forward.cell == Cell::kGru ? run<Gru<float>, Io>(c, q, fault, seed)
+                                 : run<Lstm<float>, Io>(c, q, fault, seed);
+  });
   std::ofstream file(out, std::ios::binary);
   for (const auto& result : c.results) file.write(result.data(), std::streamsize(result.size()));
 }

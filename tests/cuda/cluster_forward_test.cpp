@@ -19,8 +19,8 @@ struct Run {
   template <typename Cell, typename Io, typename B, typename P>
   void launch() const {
     const int grid = int((p.batch + kTile - 1) / kTile) * B::kCluster;
-    emulator::launch(grid, int(p.directions), B::kCluster, B::kThreads, sizeof(ForwardShared<Cell, B>), seed,
-                     [&] { cluster_forward_kernel<Cell, Io, B, P>(p); });
+    emulator::launch(grid, int(p.directions), B::kCluster, B::kThreads, sizeof(ForwardShared<Cell, Io, B>),
+                     seed, [&] { cluster_forward_kernel<Cell, Io, B, P>(p); });
   }
 
   template <typename Cell, typename Io>
@@ -33,14 +33,12 @@ struct Run {
       if (fault == "one_buffer") return launch<Cell, Io, Pair, OneBuffer>();
     }
     if (pair) return launch<Cell, Io, Pair, Protocol>();
-    with_bucket(p.hidden, [&](auto bucket) {
-      launch<Cell, Io, ForwardBucket<decltype(bucket), Cell::kGates>, Protocol>();
-    });
+    cluster_forward(p, reinterpret_cast<void*>(seed));
   }
 
   template <typename Cell>
   void with_cell() const {
-    p.dtype == Dtype::kBfloat16 ? with_io<Cell, Bf16>() : with_io<Cell, Half>();
+    with_operands(p.dtype, [&](auto number) { with_io<Cell, decltype(number)>(); });
   }
 };
 
@@ -59,7 +57,7 @@ extern "C" const char* run_cluster_forward(const int64_t* numbers, void* const* 
   };
   ForwardScan<float> p{};
   p.cell = *numbers++ ? Cell::kGru : Cell::kLstm;
-  p.dtype = *numbers++ ? Dtype::kBfloat16 : Dtype::kFloat16;
+  p.dtype = Dtype(*numbers++);
   p.reverse = *numbers++;
   const bool pair = *numbers++;
   p.steps = *numbers++, p.batch = *numbers++, p.hidden = *numbers++, p.directions = *numbers++;

@@ -2,6 +2,7 @@
 // says to misuse.
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <functional>
 #include <vector>
@@ -85,9 +86,27 @@ void conversions_of() {
   }
 }
 
+// Ten bits of mantissa and the exponents of float, those of subnormal numbers too.
+void check_tf32(float x) {
+  const double spacing = std::ldexp(1, std::max(x == 0 ? -126 : std::ilogb(x), -126) - 10);
+  double wanted = std::round(x / spacing) * spacing;  // Halves go away from zero.
+  if (std::fabs(wanted) >= std::ldexp(1, 128)) wanted = std::copysign(INFINITY, x);
+  require(same(cuda::of_bits(tf32(x)), std::isfinite(x) ? wanted : x), "TF32 of " + std::to_string(x));
+}
+
 void conversions() {
   conversions_of<Bf16>();
   conversions_of<Half>();
+  for (const float x : {0.0f, 1.0f, 1e-40f, FLT_MIN, FLT_MAX, INFINITY, NAN}) {
+    check_tf32(x);
+    check_tf32(-x);
+  }
+  for (int i = 0; i < 100000; ++i) {
+    const uint32_t bits = random_bits();
+    check_tf32(cuda::of_bits(bits));
+    check_tf32(cuda::of_bits((bits & ~0x1fffu) + 0x1000));  // half way between two
+    check_tf32(random_float());
+  }
 }
 
 // Element indices as in PTX ISA, "Matrix fragments for mma.m16n8k16": i counts the halves of all registers.
@@ -125,10 +144,40 @@ void mma_of() {
   }
 }
 
+// As in PTX ISA, "Matrix fragments for mma.m16n8k8", for .tf32. The bits that TF32 has not are not read.
+void mma_of_tf32() {
+  float a[16][8], b[8][8], c[16][8], got[16][8];
+  const auto fill = [](float& x) { x = cuda::of_bits(tf32(random_float())); };
+  for (auto& row : a) std::for_each(std::begin(row), std::end(row), fill);
+  for (auto& row : b) std::for_each(std::begin(row), std::end(row), fill);
+  for (auto& row : c) std::for_each(std::begin(row), std::end(row), fill);
+  on_a_warp([&] {
+    const int group = thread() / 4, in_group = thread() % 4;
+    float d[4];
+    uint32_t left[4], right[2];
+    for (int i = 0; i < 4; ++i) {
+      const float element = a[i == 0 || i == 2 ? group : group + 8][i < 2 ? in_group : in_group + 4];
+      left[i] = cuda::bits_of(element) | 0x1abc;
+    }
+    for (int i = 0; i < 2; ++i) right[i] = cuda::bits_of(b[i == 0 ? in_group : in_group + 4][group]) | 0x1def;
+    for (int i = 0; i < 4; ++i) d[i] = c[i < 2 ? group : group + 8][in_group * 2 + (i & 1)];
+    mma<float>(d, left, right);
+    for (int i = 0; i < 4; ++i) got[i < 2 ? group : group + 8][in_group * 2 + (i & 1)] = d[i];
+  });
+  for (int m = 0; m < 16; ++m) {
+    for (int n = 0; n < 8; ++n) {
+      double sum = c[m][n];
+      for (int k = 0; k < 8; ++k) sum += double(a[m][k]) * b[k][n];
+      require(std::fabs(got[m][n] - sum) < 1e-5, "an element of mma in TF32");
+    }
+  }
+}
+
 void matrix_product() {
   for (int i = 0; i < 20; ++i) {
     mma_of<Bf16>();
     mma_of<Half>();
+    mma_of_tf32();
   }
 }
 

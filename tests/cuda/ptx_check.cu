@@ -1,5 +1,5 @@
-// A kernel with every wrapper of cuda/ptx.h, for both half types. It is compiled, not run: ptxas must accept
-// each instruction.
+// A kernel with every wrapper of cuda/ptx.h, for both half types and TF32. It is compiled, not run: ptxas
+// must accept each instruction.
 
 #include "cuda/ptx.h"
 
@@ -16,6 +16,7 @@ RNN_KERNEL void RNN_LAUNCH_BOUNDS(256) ptx_check(const float* in, float* out, ui
     mbarrier_expect(barrier, 256 * 24);
   }
   sync_cluster();
+  prefetch(in + thread());
   const uint32_t pair = pack<T>(in[thread()], in[thread() + 1]);
   const uint32_t four[4] = {pair, transpose_matrix(pair), shuffle(pair, thread() % 32 ^ 1), 0};
   const uint32_t two[2] = {pair, pair + 1};
@@ -30,6 +31,8 @@ RNN_KERNEL void RNN_LAUNCH_BOUNDS(256) ptx_check(const float* in, float* out, ui
   load_matrix(b, rows + thread() % 16 * 16);
   RNN_UNROLL
   for (int k = 0; k < 2; ++k) mma<T>(d, a, b);
+  a[0] = tf32(d[0]);
+  mma<float>(d, a, b);
   sync_threads();
   out[(block_y() * 64 + block_x()) * 256 + thread()] =
       d[0] + d[1] + d[2] + d[3] + low<T>(a[0]) + high<T>(a[0]);
