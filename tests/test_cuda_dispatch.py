@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import runpy
+import subprocess
+import sys
+import sysconfig
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from host_build import CSRC, TESTS, build
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchrnn
 from torchrnn import _native, cuda, explain, rnn_cell
-from torchrnn.options import CELLS
 from torchrnn.rnn_cell import DropoutWrapper, LSTMCell, MultiRNNCell
 
 KERNELS = f"CPU kernels ({_native.isa()})"
@@ -33,78 +40,88 @@ def _nothing_is_forced() -> Iterator[None]:
 # The table ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("capability", [(7, 5), (9, 0), (12, 1)], ids=str)
-def test_the_table_serves_every_call_by_the_step_path(capability: tuple[int, int], cell: str) -> None:
-    for dtype in _native.DTYPES:
-        for size in (1, 128, 10**6):
-            for variation in (frozenset(), cuda.VARIATIONS):
-                path, why = cuda.choose(
-                    capability, dtype, cell, hidden=size, batch=size, steps=size, variation=variation
-                )
-                assert path == "step"
-                assert "every call" in why
-
-
-NARROW = cuda.Row(
-    "cluster",
-    "it is narrow",
-    capability=((9, 0), (10, 3)),
-    dtypes=frozenset({torch.bfloat16}),
-    cells=frozenset({"gru"}),
-    hidden=range(64, 513),
-    batch=range(1, 65),
-    steps=range(16, 1000),
-    variations=frozenset({"lengths", "resets"}),
-)
-WITHIN: dict[str, Any] = {
-    "capability": HOPPER,
-    "dtype": torch.bfloat16,
-    "cell": "gru",
-    "hidden": 512,
-    "batch": 64,
-    "steps": 16,
-    "variation": frozenset({"lengths"}),
-}
+@pytest.fixture(scope="module")
+def dispatch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("dispatch"), TESTS / "cuda" / "dispatch_test.cpp")
 
 
 @pytest.mark.parametrize(
-    ("changes", "path"),
-    [
-        ({}, "cluster"),
-        ({"capability": (10, 3), "variation": frozenset()}, "cluster"),
-        ({"capability": (8, 9)}, "step"),
-        ({"capability": (10, 4)}, "step"),
-        ({"dtype": torch.float16}, "step"),
-        ({"cell": "gru_reset_before"}, "step"),
-        ({"hidden": 513}, "step"),
-        ({"hidden": 63}, "step"),
-        ({"batch": 65}, "step"),
-        ({"steps": 15}, "step"),
-        ({"variation": frozenset({"peephole"})}, "step"),
-    ],
-    ids=str,
+    "test", ["table", "bounds", "plain", "first_row", "not_served", "forced", "admits", "per_device"]
 )
-def test_a_row_is_chosen_for_the_calls_within_it(
-    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], path: str
-) -> None:
-    monkeypatch.setattr(cuda, "TABLE", (NARROW, *cuda.TABLE))
-    assert cuda.choose(**{**WITHIN, **changes})[0] == path
+def test_the_table_chooses(dispatch: Path, test: str) -> None:
+    done = subprocess.run([dispatch, test], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """Returns ``torchrnn._C_cuda`` without ops, on the device of ``dispatch_test.cpp``."""
+    sources = (CSRC / "cuda" / "module.cpp", TESTS / "cuda" / "dispatch_test.cpp")
+    flags = ("-shared", "-fPIC", "-DPy_LIMITED_API=0x030A0000", f"-isystem{sysconfig.get_path('include')}")
+    path = build(tmp_path_factory.mktemp("library"), *flags, *sources)
+    loader = ExtensionFileLoader("torchrnn._C_cuda", str(path))
+    spec = spec_from_loader("torchrnn._C_cuda", loader)
+    assert spec is not None
+    return module_from_spec(spec)
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch, library: ModuleType) -> None:
+    """The library seems to be that of torchrnn."""
+    monkeypatch.setitem(sys.modules, "torchrnn._C_cuda", library)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+
+
+CALL = {
+    "device": 90,
+    "forced": 2,
+    "dtype": 3,
+    "cell": 1,
+    "activation": 2,
+    "steps": 2**40,
+    "batch": 2**41,
+    "hidden": 2**42,
+    "directions": 2,
+    "projected": True,
+    "tf32": True,
+}
+
+
+@pytest.mark.usefixtures("loaded")
+def test_the_library_tells_what_the_table_says() -> None:
+    path, why, why_not = _native.cuda_path(**CALL)
+    assert (cuda.PATHS[path], why) == ("cluster", "it is forced")
+    assert why_not == (
+        f"cell 1, activation 2, dtype 3, T {2**40}, B {2**41}, H {2**42}, D 2, projected 1, clipped 0, "
+        "tf32 1, device 90, capability 90"
+    )
+    path, why, why_not = _native.cuda_path(**CALL | {"forced": 0})
+    assert (cuda.PATHS[path], why_not) == ("step", None)
+    assert (path, why) in _native.cuda_rows(device=90, dtype=3)
+    float64 = _native.DTYPES.index(torch.float64)
+    assert _native.cuda_path(**CALL | {"dtype": float64})[2] == "the dtype is float64"
+    assert _native.cuda_path(**CALL | {"forced": 1}) == (1, "it is forced", None)
+    for wrong in (CALL | {"peephole": True}, {name: n for name, n in CALL.items() if name != "tf32"}):
+        with pytest.raises(TypeError):
+            _native.cuda_path(**wrong)
 
 
 # What is forced -------------------------------------------------------------------------------------------
 
 
 def test_a_path_is_forced_inside_the_block() -> None:
+    def forced() -> str:
+        return cuda.PATHS[cuda.forced()]
+
     with cuda.use_path("cluster"):
-        assert cuda.choose(**WITHIN) == ("cluster", "it is forced")
+        assert forced() == "cluster"
         with pytest.raises(ZeroDivisionError), cuda.use_path("step"):
-            assert cuda.choose(**WITHIN) == ("step", "it is forced")
+            assert forced() == "step"
             _ = 1 / 0
         with cuda.use_path("auto"):
-            assert cuda.choose(**WITHIN)[0] == "step"
-        assert cuda.PATHS[cuda.forced()] == "cluster"
-    assert cuda.forced() == 0
+            assert forced() == "auto"
+        assert forced() == "cluster"
+    assert forced() == "auto"
 
 
 def test_a_path_that_is_not_known_is_refused() -> None:
@@ -215,7 +232,8 @@ def on_cuda(
     """Returns a mode in which tensors are on CUDA but have no values; it seems to have kernels."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(_native, "WHY_NOT_CUDA", why_not)
-    monkeypatch.setattr(nn.RNNBase, "reset_parameters", lambda _: None)  # Fake CUDA draws no numbers.
+    for base in (nn.RNNBase, nn.RNNCellBase):
+        monkeypatch.setattr(base, "reset_parameters", lambda _: None)  # Fake CUDA draws no numbers.
     return FakeTensorMode()
 
 
@@ -259,42 +277,74 @@ def test_explain_says_why_the_reference_runs(monkeypatch: pytest.MonkeyPatch) ->
     assert "shapes only" in explain(torchrnn.GRU(4, 5, device="meta"), torch.empty(2, 3, 4, device="meta"))
 
 
+@pytest.mark.usefixtures("loaded")
 def test_explain_says_which_path_runs_on_cuda_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "TABLE", (NARROW, *cuda.TABLE))
     cell = LSTMCell(3)
+    step = "step path: it serves every call, and no committed result shows a faster path"
     with on_cuda(monkeypatch):
-        kind = {"device": "cuda", "dtype": torch.bfloat16}
-
-        def says(*sizes: int, hidden: int = 64, **kwargs: Any) -> str:
-            return explain(torchrnn.GRU(4, hidden, **kwargs, **kind), torch.empty(*sizes, 4, **kind))
-
-        assert says(16, 3) == "GRU(4, 64): CUDA kernels (capability 9.0), cluster path: it is narrow"
-        assert "cluster path" in says(16)
-        assert "cluster path" in says(3, 16, batch_first=True)
-        assert "step path: it serves every call" in says(15, 3)
-        assert "step path" in says(16, 65)
-        assert "step path" in says(16, 3, hidden=63)
-        assert "step path" in says(16, 3, reset_after=False)
+        layer, x = torchrnn.GRU(4, 64, device="cuda"), torch.empty(16, 3, 4, device="cuda")
+        kernels = "CUDA kernels (capability 9.0)"
+        assert explain(layer, x) == f"GRU(4, 64): {kernels}, {step}"
+        assert explain(cell, x).splitlines()[-1] == f"ops on cuda:0: {kernels}, {step}"
         with cuda.use_path("step"):
-            assert says(16, 3).endswith("step path: it is forced")
-        x = torch.empty(16, 3, 4, **kind)
-        lines = explain(cell, x).splitlines()
-        paths = "cluster path: it is narrow; step path: it serves every call"
-        assert lines[1].startswith(f"ops on cuda:0: CUDA kernels (capability 9.0), {paths}")
+            assert explain(layer, x).endswith(", step path: it is forced")
+            assert explain(cell, x).endswith(", step path: it is forced")
+        with cuda.use_path("cluster"):
+            raises = "cluster path: it is forced, but the call raises: cell 1, "
+            assert f"{kernels}, {raises}" in explain(layer, x)
+            assert explain(cell, x).endswith("path: it is forced, and a call that it does not serve raises")
 
 
-def test_explain_knows_the_variations_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = replace(NARROW, cells=frozenset(CELLS), hidden=range(9), dtypes=frozenset({torch.float32}))
-    monkeypatch.setattr(cuda, "TABLE", (row, *cuda.TABLE))
+@pytest.mark.parametrize(
+    ("make", "sizes", "changes"),
+    [
+        (lambda: torchrnn.LSTM(4, 5), (7, 3, 4), {}),
+        (lambda: torchrnn.LSTM(4, 5, batch_first=True), (3, 7, 4), {}),
+        (lambda: torchrnn.LSTM(4, 5), (7, 4), {"batch": 1}),
+        (lambda: torchrnn.LSTM(4, 6, proj_size=2), (7, 3, 4), {"hidden": 6, "projected": True}),
+        (lambda: torchrnn.LSTM(4, 5, dtype=torch.float16), (7, 3, 4), {"dtype": 3}),
+        (lambda: torchrnn.GRU(4, 5, bidirectional=True), (7, 3, 4), {"cell": 1, "directions": 2}),
+        (lambda: torchrnn.GRU(4, 5, reset_after=False), (7, 3, 4), {"cell": 2}),
+        (lambda: torchrnn.RNN(4, 5, nonlinearity="relu"), (7, 3, 4), {"cell": 3, "activation": 1}),
+        (lambda: torchrnn.LSTMCell(4, 5), (3, 4), {"steps": 1}),
+    ],
+)
+def test_explain_asks_for_the_call_that_a_layer_makes(
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[], Any],
+    sizes: tuple[int, ...],
+    changes: dict[str, int],
+) -> None:
+    asked: list[dict[str, int]] = []
+
+    def path(**call: int) -> tuple[int, str, None]:
+        asked.append(call)
+        return 2, "it is told so", None
+
+    monkeypatch.setattr(_native, "cuda_path", path)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with on_cuda(monkeypatch), torch.device("cuda"):
+        layer = make()
+        x = torch.empty(sizes, dtype=next(layer.parameters()).dtype)
+        assert explain(layer, x).endswith(", cluster path: it is told so")
+    usual = {"device": 0, "forced": 0, "dtype": 0, "cell": 0, "activation": 0, "steps": 7, "batch": 3}
+    usual |= {"hidden": 5, "directions": 1, "projected": False, "tf32": False}
+    assert asked == [usual | changes]
+
+
+def test_explain_lists_the_rows_for_the_dtype_of_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {_native.DTYPES.index(torch.float16): [(2, "it is narrow"), (1, "it is wide")]}
+    monkeypatch.setattr(_native, "cuda_rows", lambda _, dtype: rows.get(dtype, [(1, "it is alone")]))
+    cell = LSTMCell(3)
+
+    def says(dtype: torch.dtype) -> str:
+        return explain(cell, torch.empty(16, 3, 4, device="cuda", dtype=dtype)).rsplit("), ")[-1]
+
     with on_cuda(monkeypatch):
-        x = torch.empty(16, 3, 4, device="cuda")
-        for make, path in (
-            (torchrnn.LSTM(4, 5, device="cuda"), "cluster"),
-            (torchrnn.LSTM(4, 5, proj_size=2, device="cuda"), "step"),
-            (torchrnn.RNN(4, 5, device="cuda"), "cluster"),
-            (torchrnn.RNN(4, 5, nonlinearity="relu", device="cuda"), "step"),
-        ):
-            assert f" {path} path: " in explain(make, x)
+        assert says(torch.float16) == "cluster path: it is narrow; step path: it is wide"
+        assert says(torch.float32) == says(torch.int64) == "step path: it is alone"
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: True)
+        assert says(torch.float32) == says(torch.float16) != says(torch.int64)
 
 
 @needs_kernels
@@ -316,6 +366,7 @@ def test_explain_of_a_cell_ends_with_the_device_of_its_ops() -> None:
 
 
 LAYER, X = torchrnn.LSTM(4, 5), torch.ones(3, 4)
+COMPLEX = torchrnn.LSTM(4, 5, dtype=torch.complex64)
 
 
 @pytest.mark.parametrize(
@@ -328,6 +379,11 @@ LAYER, X = torchrnn.LSTM(4, 5), torch.ones(3, 4)
         (ValueError, r"must be \[\.\.\., I\] with I=4, got \[4, 3\]", lambda: explain(LAYER, X.t())),
         (ValueError, "LSTM's dtype torch.float32, got torch.float64", lambda: explain(LAYER, X.double())),
         (ValueError, "must be on LSTM's device cpu, got meta", lambda: explain(LAYER, X.to("meta"))),
+        (
+            ValueError,
+            "must be float32, float64, .* got torch.complex64",
+            lambda: explain(COMPLEX, X.cfloat()),
+        ),
         (TypeError, "'module' .*is not an RNNCell", lambda: explain(nn.LSTM(4, 5), X)),
         (TypeError, "must be a nest of tensors, got int", lambda: explain(rnn_cell.GRUCell(3), 4)),
         (TypeError, "must be a nest of tensors, got list", lambda: explain(rnn_cell.GRUCell(3), [])),

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from torchrnn import _native, cuda, ops
 from torchrnn._layer import Layer
+from torchrnn._native import DTYPES
 from torchrnn.cells import Cell
 from torchrnn.checks import transformed
+from torchrnn.options import ACTIVATIONS, CELLS
 from torchrnn.packing import PACK_FROM
 from torchrnn.reference import Arguments
 from torchrnn.rnn_cell.dropout import DropoutWrapper
@@ -31,7 +33,9 @@ def explain_layer(module: Layer | Cell, input: object) -> str:
         raise ValueError(f"explain: input must have {name}'s dtype {weight.dtype}, got {x.dtype}")
     if x.device != weight.device:
         raise ValueError(f"explain: input must be on {name}'s device {weight.device}, got {x.device}")
-    x = ops.autocast(Arguments(x, [], [], [], [], [], [], [], [])).x
+    x = _autocast(x)
+    if x.dtype not in DTYPES:
+        raise ValueError(f"explain: input must be float32, float64, bfloat16 or float16, got {x.dtype}")
     return f"{name}({module.extra_repr()}): {_way(module, x)}"
 
 
@@ -45,9 +49,14 @@ def explain_ops(cell: object, x: Tensor) -> str:
         return f"{where}: {why}"
     if device.type == "cpu":
         return f"{where}: {_cpu_kernels()}"
-    capability = torch.cuda.get_device_capability(device)
-    paths = "; ".join(f"{row.path} path: {row.why}" for row in cuda.rows(capability, x.dtype))
-    return f"{where}: {_cuda_kernels(capability)}, {paths}"
+    # Integers are looked up in an embedding first.
+    dtype = _autocast(x).dtype if x.dtype in DTYPES else torch.get_default_dtype()
+    return f"{where}: {_cuda_kernels(device)}, {'; '.join(_paths(device, dtype))}"
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """Returns x in the dtype that the ops would compute with."""
+    return ops.autocast(Arguments(x, [], [], [], [], [], [], [], [])).x
 
 
 def _sequence(module: Layer | Cell, input: Tensor) -> Tensor:
@@ -68,20 +77,37 @@ def _way(module: Layer | Cell, x: Tensor) -> str:
         return why
     if x.device.type == "cpu":
         return f"{_cpu_kernels()}, {_packed(x)}"
+    return f"{_cuda_kernels(x.device)}, {_path(module, x)}"
+
+
+def _path(module: Layer | Cell, x: Tensor) -> str:
+    """Returns the path of a call on CUDA and why, or that it raises."""
     options = module._options()
-    projected = isinstance(module, Layer) and module.proj_size > 0
-    variation = {"activation": options.activation != "tanh", "projection": projected}
-    capability = torch.cuda.get_device_capability(x.device)
-    path, reason = cuda.choose(
-        capability,
-        x.dtype,
-        options.cell,
-        hidden=module.hidden_size,
-        batch=x.size(1),
+    path, why, why_not = _native.cuda_path(
+        device=x.device.index,
+        forced=cuda.forced(),
+        dtype=DTYPES.index(x.dtype),
+        cell=CELLS[options.cell].code,
+        activation=ACTIVATIONS[options.activation],
         steps=x.size(0),
-        variation=frozenset(name for name, there in variation.items() if there),
+        batch=x.size(1),
+        hidden=module.hidden_size,
+        directions=2 if isinstance(module, Layer) and module.bidirectional else 1,
+        projected=isinstance(module, Layer) and module.proj_size > 0,
+        tf32=cuda.allows_tf32(),
     )
-    return f"{_cuda_kernels(capability)}, {path} path: {reason}"
+    raises = "" if why_not is None else f", but the call raises: {why_not}"
+    return f"{cuda.PATHS[path]} path: {why}{raises}"
+
+
+def _paths(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Returns the paths that calls with a dtype can take, and why; one where it is forced."""
+    if cuda.forced():
+        path = cuda.PATHS[cuda.forced()]
+        raises = ", and a call that it does not serve raises" if path == "cluster" else ""
+        return [f"{path} path: it is forced{raises}"]
+    rows = _native.cuda_rows(device.index, DTYPES.index(dtype))
+    return [f"{cuda.PATHS[code]} path: {why}" for code, why in rows]
 
 
 def _why_no_kernels(device: torch.device) -> str | None:
@@ -103,8 +129,9 @@ def _cpu_kernels() -> str:
     return f"CPU kernels ({_native.isa()})"
 
 
-def _cuda_kernels(capability: tuple[int, int]) -> str:
-    return f"CUDA kernels (capability {capability[0]}.{capability[1]})"
+def _cuda_kernels(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"CUDA kernels (capability {major}.{minor})"
 
 
 def _packed(x: Tensor) -> str:

@@ -25,7 +25,7 @@ CHANGES: list[str] = []
 """The instruction sets that were set after the first one. Each has its own layout of packed weights."""
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-"""What every path computes with."""
+"""What every path computes with, in the order of ``enum class Dtype`` in ``csrc/cuda/scan.h``."""
 
 
 def _load(library: str, device: str) -> str | None:
@@ -83,6 +83,28 @@ def use_isa(name: str) -> Iterator[None]:
     finally:
         assert before is not None
         set_isa(before)
+
+
+def cuda_path(*, device: int, **call: int) -> tuple[int, str, str | None]:
+    """Returns the path that a call on CUDA takes, why, and why that does not serve it if so, which raises.
+
+    Args:
+        device: Its index.
+        **call: As ``path`` of ``csrc/cuda/module.cpp`` has them.
+    """
+    with torch.cuda.device(device):
+        found: tuple[int, str, str | None] = _cuda_module().path(device=device, **call)
+    return found
+
+
+def cuda_rows(device: int, dtype: int) -> list[tuple[int, str]]:
+    """Returns the rows of the table of paths that a device and a dtype lie within: path and why, in order."""
+    rows: list[tuple[int, str]] = _cuda_module().rows(device, dtype)
+    return rows
+
+
+def _cuda_module() -> Any:
+    return importlib.import_module("torchrnn._C_cuda")  # Which is loaded: WHY_NOT_CUDA is None.
 
 
 def info() -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""Which of the CUDA paths runs a layer: the table, and the ways to force one.
+"""The paths on CUDA, and the ways to force one.
 
 ``step`` is a matrix product and one kernel per step, for every cell, variation, dtype and size; ``cluster``
-is one kernel for all steps, on thread block clusters. The table's only row is the step path until a committed
-result shows that the cluster path is right and faster; till then the cluster path runs only where it is
-forced. A call that the forced path does not serve raises.
+is one kernel for all steps, on thread block clusters. At each call the table in ``csrc/cuda/dispatch.h``
+chooses, unless a path is forced; a call that the forced path does not serve raises.
 
 Environment, read once at import: ``TORCHRNN_CUDA_PATH`` (auto, step or cluster) forces a path.
 """
@@ -12,81 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
-from torchrnn._native import DTYPES
-from torchrnn.options import CELLS
-
 PATHS = ("auto", "step", "cluster")
-"""In the order of the codes of the ops' argument ``path``; auto leaves the choice to the table."""
-
-VARIATIONS = frozenset(
-    {"lengths", "resets", "activation", "peephole", "cell_clip", "projection", "proj_clip", "norm", "masks"}
-)
-"""What a call can have beside weights and states, as far as paths differ in it."""
-
-_ANY = range(sys.maxsize)
-
-
-@dataclass(frozen=True)
-class Row:
-    """A path, and the calls that it is chosen for: those that lie within all of these ranges and sets."""
-
-    path: str
-    why: str
-    """A few words, for ``explain``."""
-    capability: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (99, 9))
-    """The first and the last compute capability."""
-    dtypes: frozenset[torch.dtype] = frozenset(DTYPES)
-    cells: frozenset[str] = frozenset(CELLS)
-    hidden: range = _ANY
-    batch: range = _ANY
-    steps: range = _ANY
-    variations: frozenset[str] = VARIATIONS
-    """Those that a call may have, but need not."""
-
-
-TABLE = (Row("step", "it serves every call, and no committed result shows a faster path"),)
-"""The first row that a call lies within decides; every call lies within the last one."""
-
-
-def choose(
-    capability: tuple[int, int],
-    dtype: torch.dtype,
-    cell: str,
-    *,
-    hidden: int,
-    batch: int,
-    steps: int,
-    variation: frozenset[str] = frozenset(),
-) -> tuple[str, str]:
-    """Returns the path of a call and why: the one that is forced, else that of the table.
-
-    Args:
-        capability: The compute capability of the device, major and minor.
-        dtype: That of x.
-        cell: A key of ``CELLS``.
-        hidden: H
-        batch: B
-        steps: T
-        variation: Which of ``VARIATIONS`` the call has.
-    """
-    for row in rows(capability, dtype):
-        sizes = hidden in row.hidden and batch in row.batch and steps in row.steps
-        if sizes and cell in row.cells and variation <= row.variations:
-            return row.path, row.why
-    raise AssertionError("every call lies within the last row")
-
-
-def rows(capability: tuple[int, int], dtype: torch.dtype) -> list[Row]:
-    """Returns what can be chosen on a device for a dtype: one row where a path is forced."""
-    if forced():
-        return [Row(PATHS[forced()], "it is forced")]
-    return [r for r in TABLE if r.capability[0] <= capability <= r.capability[1] and dtype in r.dtypes]
+"""In the order of ``enum class Path`` in ``csrc/cuda/dispatch.h``; auto leaves the choice to the table."""
 
 
 def forced() -> int:

@@ -116,6 +116,7 @@ class Call {
     p.cell = Cell(a_.cell), p.activation = Activation(a_.activation), p.dtype = dtype_;
     p.steps = sizes_.steps, p.batch = sizes_.batch, p.hidden = sizes_.hidden, p.outputs = sizes_.outputs;
     p.directions = sizes_.directions, p.reverse = a_.reverse, p.projected = !a_.weight_hr.empty();
+    p.tf32 = a_.tf32;
     p.cell_clip = bound<Acc>(a_.cell_clip), p.proj_clip = bound<Acc>(a_.proj_clip),
     p.norm_eps = Acc(a_.norm_eps);
     for (int64_t d = 0; d < p.directions; ++d) {

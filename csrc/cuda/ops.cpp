@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "cuda/call.h"
+#include "cuda/dispatch.h"
 #include "cuda/dropout.h"
 #include "dropout_arguments.h"
 
@@ -17,18 +18,12 @@ namespace torchrnn {
 namespace cuda {
 namespace {
 
-// The values are those of torchrnn/cuda.py.
-enum class Path : int64_t { kAutomatic = 0, kStep = 1, kCluster = 2 };
-
-// Whether a call is to run on the cluster path. Only if it is asked for, as long as no committed measurement
-// shows where it is the faster one: see the table in torchrnn/cuda.py.
+// Whether a call runs on the cluster path; raises if that is asked for and does not serve the call.
 template <typename Acc>
 bool takes_cluster(const Arguments& a, const ForwardScan<Acc>& p, int device) {
-  if (Path(a.path) != Path::kCluster) return false;
-  const char* why_not = "float64 is not served";
-  if constexpr (sizeof(Acc) == sizeof(float)) why_not = cluster_why_not(p, device);
-  STD_TORCH_CHECK(why_not == nullptr, "the cluster path does not serve this call: ", why_not);
-  return true;
+  const Choice choice = choose(p, device, Path(a.path));
+  STD_TORCH_CHECK(choice.why_not == nullptr, "the cluster path does not serve this call: ", choice.why_not);
+  return choice.path == Path::kCluster;
 }
 
 struct LayerOutput { Tensor y, c_all, h_n, c_n, tape; };

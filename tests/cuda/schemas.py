@@ -5,7 +5,8 @@
 torch's stable ABI hands arguments over as untyped words, and a function of other types than its schema
 crashes at best. The types are in the names of the library's symbols; SOURCE, the files that register ops, say
 which function is which op. That the library registers these ops and no others is seen by loading it. torch
-without CUDA will do: what it lacks is left unresolved, and never called.
+without CUDA will do: what it lacks is left unresolved, and never called. What the library tells of paths is
+asked for, since that needs no GPU.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -53,15 +55,28 @@ def compiled(library: Path) -> dict[str, str]:
     return signatures
 
 
-def load(library: Path) -> set[str]:
-    """Loads the library, resolving only what is called; returns the ops that torchrnn then has for CUDA."""
+def load(library: Path) -> tuple[ModuleType, set[str]]:
+    """Loads the library, resolving only what is called; returns it, and torchrnn's ops for CUDA."""
     sys.setdlopenflags(os.RTLD_LAZY)
     loader = importlib.machinery.ExtensionFileLoader("torchrnn._C_cuda", str(library))
     spec = importlib.util.spec_from_loader("torchrnn._C_cuda", loader)
     assert spec is not None
-    importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)
     names = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
-    return {name.removeprefix("torchrnn::") for name in names if name.startswith("torchrnn::")}
+    return module, {name.removeprefix("torchrnn::") for name in names if name.startswith("torchrnn::")}
+
+
+def paths(module: ModuleType) -> list[str]:
+    """Returns a line for each answer about paths that is wrong on every device, and where there is none."""
+    call = {"device": 0, "dtype": 0, "cell": 0, "activation": 0, "steps": 9, "batch": 9, "hidden": 9}
+    call |= {"directions": 1, "projected": False, "tf32": False}
+    errors = []
+    for name, code in (("step", 1), ("cluster", 2)):
+        if module.path(forced=code, **call)[:2] != (code, "it is forced"):
+            errors.append(f"the {name} path is not forced")
+    if module.path(forced=0, **call)[:2] not in module.rows(0, 0):
+        errors.append("the path of a call is not in the table")
+    return errors
 
 
 def main(library: Path, sources: list[Path]) -> int:
@@ -70,8 +85,8 @@ def main(library: Path, sources: list[Path]) -> int:
         text = source.read_text()
         registered |= dict(re.findall(r'm\.impl\("(\w+)",\s*TORCH_BOX\(&(?:\w+::)*(\w+)\)\)', text))
     signatures = compiled(library)
-    loaded = load(library)
-    errors = [] if loaded else ["no op is registered"]
+    module, loaded = load(library)
+    errors = paths(module) + ([] if loaded else ["no op is registered"])
     errors += [f"{op} is registered in only one of library and sources" for op in loaded ^ registered.keys()]
     for op in sorted(loaded & registered.keys()):
         if not hasattr(torch.ops.torchrnn, op):

@@ -149,7 +149,13 @@ OPS = """
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "cuda/dispatch.h"
+
 namespace torchrnn {
+namespace cuda {
+int compute_capability(int) { return 0; }
+const char* cluster_why_not(const ForwardScan<float>&, int, int) { return ""; }
+}  // namespace cuda
 namespace {
 using torch::stable::Tensor;
 Tensor dropout(const Tensor& x, const Tensor&, TYPE) { return x; }
@@ -175,7 +181,7 @@ def test_schemas_are_compared_with_the_compiled_functions(
     source.write_text(OPS.replace("NAME", name).replace("TYPE", argument))
     module = ROOT / "csrc" / "cuda" / "module.cpp"
     flags = ["-std=c++20", "-shared", "-fPIC", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    flags += [f"-I{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
+    flags += [f"-I{path}" for path in (ROOT / "csrc", *include_paths(), sysconfig.get_path("include"))]
     libraries = [*(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch", "-ltorch_cpu"]
     subprocess.run(["g++", *flags, str(source), str(module), "-o", str(library), *libraries], check=True)
     done = subprocess.run(
