@@ -6,6 +6,7 @@ The cases run on CUDA; a few of each test run on the CPU too, where they test th
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -24,29 +25,43 @@ from torchrnn.options import CELLS, Options
 from torchrnn.reference import Arguments
 
 HALVES = (torch.bfloat16, torch.float16)
+CLUSTER_DTYPES = (torch.float32, *HALVES)
 CLUSTER_CELLS = ("lstm", "gru")
 SIZES = ((1, 1, 1, 1), (7, 3, 7, 7), (5, 33, 130, 33), (9, 7, 33, 130), (4, 130, 7, 64))
 CLUSTER_SIZES = (
     *SIZES,
-    (6, 9, 16, 192),
     (200, 9, 16, 64),
+    (6, 9, 16, 97),
+    (5, 16, 16, 128),
+    (6, 9, 16, 192),
     (5, 8, 16, 256),
     (6, 17, 16, 384),
     (7, 23, 16, 512),
+    (4, 250, 16, 512),
 )
-"""T, B, I, H. The cluster path cuts H and B into tiles: some sizes fill them and some do not."""
+"""T, B, I, H. The cluster path cuts H and B into tiles: some sizes fill them and some do not. The last one is
+more than a device runs at once.
+"""
+CLUSTER_HIDDEN = {torch.float32: 256, torch.bfloat16: 512, torch.float16: 512}
+"""The largest H of the cluster path, by the dtypes that it serves: float32 only in TF32."""
 REPEATS = 20
 TF32_EPS = 2.0**-10
 
 # A GPU without clusters has no such cases; where there is no GPU at all they are left to be skipped.
 CLUSTERS = not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0)
+PATHS = ("step", "cluster") if CLUSTERS else ("step",)
 
 
 @pytest.fixture
-def route(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Forces a path; the CPU has no other."""
-    with cuda.use_path(request.param):
+def route(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
+    """Forces a path, on the device; the CPU has no other. float32 has the cluster path only in TF32."""
+    with cuda.use_path(request.param), use_tf32(request.param == "cluster"):
         yield request.param
+
+
+def eps_of(dtype: torch.dtype) -> float | None:
+    """Returns what products are rounded to, where that is not dtype."""
+    return TF32_EPS if dtype == torch.float32 and cuda.allows_tf32() else None
 
 
 def on_devices(names: str, cases: Iterable[tuple[Any, ...]], every: int) -> pytest.MarkDecorator:
@@ -68,7 +83,9 @@ def layer_cases() -> Iterator[tuple[Any, ...]]:
     """Yields (route, name, dtype, sizes, bidirectional)."""
     ways = (False, True)
     yield from itertools.product(("step",), LAYERS, DTYPES, SIZES, ways)
-    yield from itertools.product(("cluster",), CLUSTER_CELLS, HALVES, CLUSTER_SIZES, ways)
+    for dtype, most in CLUSTER_HIDDEN.items():
+        served = [sizes for sizes in CLUSTER_SIZES if sizes[-1] <= most]
+        yield from itertools.product(("cluster",), CLUSTER_CELLS, (dtype,), served, ways)
 
 
 @on_devices("name dtype sizes bidirectional", layer_cases(), every=23)
@@ -83,10 +100,15 @@ def test_layer_matches_torch(
     steps, batch, inputs, hidden = sizes
     three = build(name, inputs, hidden + (name == "lstm-proj"), dtype, bidirectional=bidirectional)
     x = torch.randn(steps, batch, inputs, dtype=dtype, requires_grad=True)
-    hx = states(three.theirs, batch, dtype)
-    three.check(x, hx, dtype=dtype)
+    hx, eps = states(three.theirs, batch, dtype), eps_of(dtype)
+    three.check(x, hx, dtype=dtype, eps=eps)
     lengths = torch.randint(1, steps + 1, (batch,))
-    three.check(x, hx, dtype=dtype, lengths=lengths, through=lambda m, *a: run_padded(m, *a, lengths))
+    through = functools.partial(run_lengths, lengths)
+    three.check(x, hx, dtype=dtype, eps=eps, lengths=lengths, through=through)
+
+
+def run_lengths(lengths: Tensor, layer: nn.Module, *inputs: Any) -> Any:
+    return run_padded(layer, *inputs, lengths)
 
 
 @on_devices("name sizes", itertools.product(("step",), LAYERS, SIZES), every=11)
@@ -135,16 +157,19 @@ def ragged(a: Arguments) -> Arguments:
 
 
 def variation_cases() -> Iterator[tuple[Any, ...]]:
-    """Yields (route, cell, variations, projection, dtype, form)."""
+    """Yields (route, cell, variations, projection, dtype, hidden, form)."""
     forms = ("one way", "reverse", "both ways")
     for (cell, *variations), dtype in itertools.product([*SERVED, *((cell,) for cell in CELLS)], HALVES):
         for projection in (0, 19) if cell.startswith("lstm") else (0,):
             for form in forms:
-                yield "step", cell, tuple(variations), projection, dtype, form
-    yield from itertools.product(("cluster",), CLUSTER_CELLS, ((),), (0,), HALVES, forms)
+                yield "step", cell, tuple(variations), projection, dtype, 33, form
+    # Of each size of the clusters one.
+    for dtype, most in CLUSTER_HIDDEN.items():
+        sizes = [hidden for hidden in (33, 100, 250, 380, 500) if hidden <= most]
+        yield from itertools.product(("cluster",), CLUSTER_CELLS, ((),), (0,), (dtype,), sizes, forms)
 
 
-@on_devices("cell variations projection dtype form", variation_cases(), every=37)
+@on_devices("cell variations projection dtype hidden form", variation_cases(), every=37)
 def test_what_torch_has_not_matches_the_reference(
     device: torch.device,
     route: str,
@@ -152,33 +177,45 @@ def test_what_torch_has_not_matches_the_reference(
     variations: tuple[str, ...],
     projection: int,
     dtype: torch.dtype,
+    hidden: int,
     form: str,
 ) -> None:
-    # float32 and float64 are in test_ops.py. Here rounding moves values across kinks, where gradients jump.
+    # float32 and float64 of the step path are in test_ops.py. Here rounding moves values across kinks, where
+    # gradients jump.
     smooth = not {"relu", "cell_clip"} & {*variations} and not projection
-    a = ragged(arguments(cell, (6, 5, 3, 33), 2 if form == "both ways" else 1, projection, dtype, smooth))
+    a = ragged(arguments(cell, (6, 9, 3, hidden), 2 if form == "both ways" else 1, projection, dtype, smooth))
     a, options = vary(a, *variations, *(["proj_clip"] if projection else []))
     options = Options(**{**vars(options), "cell": cell, "reverse": form == "reverse"})
     ours, theirs = outputs_of(ops.layer, route), outputs_of(reference.layer, route)
     with torch.no_grad():
-        assert_close_to_f64(ours(a, options), theirs(a, options), theirs(doubled(a), options), dtype)
+        expected = [theirs(b, options) for b in (a, doubled(a))]
+        assert_close_to_f64(ours(a, options), *expected, dtype, eps=eps_of(dtype))
     if smooth:
         expected = [with_gradients(b, options, theirs) for b in (a, doubled(a))]
-        assert_close_to_f64(with_gradients(a, options, ours), *expected, dtype)
+        assert_close_to_f64(with_gradients(a, options, ours), *expected, dtype, eps=eps_of(dtype))
 
 
 def call_cases() -> list[tuple[Any, ...]]:
     """Returns (route, cell, dtype), one of each kind of kernel."""
     cases = [("step", cell, torch.float32) for cell in CELLS] + [("step", "lstm", torch.bfloat16)]
-    return cases + list(itertools.product(("cluster",), CLUSTER_CELLS, HALVES))
+    return cases + list(itertools.product(("cluster",), CLUSTER_CELLS, CLUSTER_DTYPES))
 
 
 @on_devices("cell dtype", call_cases(), every=3)
 def test_results_repeat_to_the_bit(device: torch.device, route: str, cell: str, dtype: torch.dtype) -> None:
-    a = ragged(arguments(cell, (9, 33, 16, 130), 2, dtype=dtype))
-    first = results(a, Options(cell), outputs_of(ops.layer, route))
+    # H and B are those of the largest clusters of the dtype, and of several.
+    hidden = CLUSTER_HIDDEN[dtype] - 6 if route == "cluster" else 130
+    a = ragged(arguments(cell, (9, 33, 16, hidden), 2, dtype=dtype))
+    layer = outputs_of(ops.layer, route)
+
+    def both_passes() -> tuple[Tensor, ...]:
+        with torch.no_grad():  # Which has kernels of its own.
+            inferred = layer(a, Options(cell))
+        return (*inferred, *results(a, Options(cell), layer))
+
+    first = both_passes()
     for _ in range(REPEATS if device.type == "cuda" else 2):
-        assert all(map(torch.equal, first, results(a, Options(cell), outputs_of(ops.layer, route))))
+        assert all(map(torch.equal, first, both_passes()))
 
 
 @on_devices("cell dtype", call_cases(), every=4)
@@ -315,33 +352,66 @@ def test_every_device_whichever_is_the_current_one(
             theirs = outputs_of(reference.layer, route)
             expected = [with_gradients(b, Options(cell), theirs) for b in (a, doubled(a))]
         assert {t.device.index for t in found if t is not None} == {index}
-        assert_close_to_f64(found, *expected, dtype)
+        assert_close_to_f64(found, *expected, dtype, eps=eps_of(dtype))
         assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("cell", CLUSTER_CELLS)
+@pytest.mark.parametrize("forward", PATHS)
+def test_either_path_goes_back_from_the_tape_of_the_other(cell: str, forward: str) -> None:
+    # Calls that want every c are not the cluster path's, but their backward calls can be.
+    all_states = forward == "step" and cell == "lstm"
+    with use_device("cuda"):
+        a = ragged(arguments(cell, (5, 9, 7, 33), 2, dtype=torch.bfloat16, requires_grad=False))
+        with cuda.use_path(forward):
+            *outputs, tape = torch.ops.torchrnn.layer(*a, *ops.scalars(Options(cell), a.x), all_states)
+        given = [torch.randn_like(out) if out.numel() else None for out in outputs]
+        found = []
+        for path in PATHS:
+            with cuda.use_path(path):
+                told = ops.scalars(Options(cell), a.x)
+            back = torch.ops.torchrnn.layer_backward(*given, *a, *told, outputs[0], tape, True, True, True)
+            found.append([*back[:3], *back[3]])
+    for one, other in zip(found[0], found[-1], strict=True):
+        worst = torch.finfo(torch.bfloat16).eps * one.abs().max() if one.numel() else 0
+        torch.testing.assert_close(one, other, rtol=0, atol=float(2 * worst))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("cell", "dtype", "hidden", "variation"),
+    ("cell", "dtype", "hidden", "variation", "why"),
     [
-        ("lstm", torch.float64, 33, None),
-        ("lstm", torch.bfloat16, 513, None),
-        ("rnn", torch.bfloat16, 33, None),
-        ("gru_reset_before", torch.bfloat16, 33, None),
-        ("lstm", torch.bfloat16, 33, "peephole"),
-        ("lstm", torch.bfloat16, 33, "mask_h"),
-        ("gru", torch.bfloat16, 33, "relu"),
+        ("lstm", torch.float64, 33, None, "the dtype is float64"),
+        ("lstm", torch.float32, 33, None, "the dtype is float32 and TF32 is not allowed"),
+        ("lstm", torch.bfloat16, 513, None, "the hidden size is above 512"),
+        ("rnn", torch.bfloat16, 33, None, "the cell is not lstm or gru"),
+        ("gru_reset_before", torch.bfloat16, 33, None, "the cell is not lstm or gru"),
+        ("lstm", torch.bfloat16, 33, "peephole", "there are peepholes"),
+        ("lstm", torch.bfloat16, 33, "mask_h", "there are masks on the state"),
+        ("gru", torch.bfloat16, 33, "relu", "the activation is not tanh"),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
 def test_the_cluster_path_says_what_it_does_not_serve(
-    cell: str, dtype: torch.dtype, hidden: int, variation: str | None, grad: bool
+    cell: str, dtype: torch.dtype, hidden: int, variation: str | None, why: str, grad: bool
 ) -> None:
     with use_device("cuda"), cuda.use_path("cluster"):
         a = arguments(cell, (3, 2, 4, hidden), dtype=dtype, requires_grad=grad)
         a, options = vary(a, *([variation] if variation else []))
-        with pytest.raises(RuntimeError, match="the cluster path does not serve"):
+        with pytest.raises(RuntimeError, match=f"the cluster path does not serve this call: {why}"):
             ops.layer(a, Options(**{**vars(options), "cell": cell}))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cell", CLUSTER_CELLS)
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_the_cluster_path_serves_float32_up_to_its_own_size(cell: str, grad: bool) -> None:
+    with use_device("cuda"), use_tf32(True), cuda.use_path("cluster"):
+        a = arguments(cell, (3, 2, 4, 257), dtype=torch.float32, requires_grad=grad)
+        with pytest.raises(RuntimeError, match="does not serve this call: the hidden size is above 256"):
+            ops.layer(a, Options(cell))
 
 
 @pytest.mark.gpu
