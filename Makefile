@@ -133,4 +133,4 @@ OUT ?= build/gpu
 STAGE ?= all
 
 gpu: ## On a machine with a GPU: build, test and measure there; STAGE is a part of it, results go to OUT.
-	@$(PYTHON) gpu/run.py --out $(OUT) --stage $(STAGE) $(ARGS)
+	@PATH="$${PATH#$(CURDIR)/$(BIN):}" $(PYTHON) gpu/run.py --out $(OUT) --stage $(STAGE) $(ARGS)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from bench import gpu_cases, gpu_floors, options, peers, results
+from bench import gpu_cases, gpu_dispatch, gpu_floors, options, peers, results
 from bench.cases import Case
 from bench.gpu_cases import BARS, EAGER, LEAST, algorithm
 from bench.gpu_device import Cuda, Device
@@ -26,11 +26,13 @@ from bench.peers.gpu import COMPILE_SECONDS, COMPILING, is_ours, make_peers, una
 from bench.results import Gpu, GpuBar, GpuRow, Result
 from bench.timing import Stats, interleave
 
-ROW_SECONDS, QUICK_ROW_SECONDS = 0.4, 0.005  # Of timing; slow rows take longer.
+ROW_SECONDS, QUICK_ROW_SECONDS = 0.3, 0.005  # Of timing; slow rows take longer.
 CHECK_FLOPS = 1e12  # In float64, whose products a data centre's GPU computes at tens of TFLOP/s.
 TF32_EPS = 2.0**-10
 SAVE_SECONDS = 10.0  # Between files, so that a run that is killed leaves one.
 LISTED = 8  # Names of rows in a line of the report; the file has all.
+LOST = "the device was lost"
+NOT_SERVED = "does not serve this call"  # What a forced path says.
 
 T = TypeVar("T")
 
@@ -40,13 +42,17 @@ class Failed(Exception):
 
 
 class DeviceLost(Exception):
-    """No later call on the device can be trusted."""
+    """No later call on the device can be trusted; ``peer`` is what has done it, as far as that is known."""
+
+    peer = OURS.name
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = options.parser("gpu", __doc__.split("\n", maxsplit=1)[0], results.ROOT / "build" / "gpu")
     add = parser.add_argument
     add("--budget", metavar="S", type=options.seconds, default=240.0, help="seconds of the whole run [240]")
+    add("--commit", default="", help="what is measured, where that is a copy without its repository")
+    add("--resume", action="store_true", help="go on in DIR where the device was lost, without what lost it")
     return parser.parse_args(argv)
 
 
@@ -81,7 +87,8 @@ class Bench(NamedTuple):
         try:
             return self.attempt(first)
         except DeviceLost as error:
-            raise DeviceLost(f"{peer.name}: {error}") from error
+            error.peer = peer.name
+            raise
 
     def measure(self, row: GpuRow, case: Case, remaining: float) -> None:
         """Fills the row of a case; without times if ours is wrong. Raises DeviceLost."""
@@ -116,7 +123,7 @@ class Bench(NamedTuple):
             bounds = [sys.float_info.max if peer.name == EAGER else 2 * x + 8 * eps for x in theirs]
             if wrong := excess(found, bounds):
                 del runs[peer.name]
-                note(row, peer.name, wrong, wrong=True)
+                note(row, peer.name, wrong)
                 continue
             row.errors[peer.name] = max(found)
             theirs = found if peer.name == EAGER else theirs
@@ -145,9 +152,9 @@ def excess(found: Sequence[float], bounds: Sequence[float]) -> str:
     return ""
 
 
-def note(row: GpuRow, name: str, reason: str, *, wrong: bool = False) -> None:
-    """Notes why something is not timed: a failure if ours is wrong or does not run as a user calls it."""
-    fails = is_ours(name) and (wrong or name == OURS.name)
+def note(row: GpuRow, name: str, reason: str) -> None:
+    """Notes why something is not timed: a failure if it is ours, but for a path that does not serve it."""
+    fails = is_ours(name) and NOT_SERVED not in reason
     (row.failed if fails else row.skipped)[name] = reason
 
 
@@ -172,6 +179,12 @@ def new_row(case: Case, device: Device) -> GpuRow:
     )
 
 
+def load_rows(folder: Path) -> list[GpuRow]:
+    """Returns the rows that an earlier run has written."""
+    gpu = results.load(folder / "bench.json").gpu
+    return gpu.rows if gpu else []
+
+
 def write(result: Result, folder: Path) -> Path:
     """Writes the result such that a killed run leaves the one before."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -179,6 +192,12 @@ def write(result: Result, folder: Path) -> Path:
     part = path.with_suffix(".part")
     part.write_text(results.dumps(result))
     return part.replace(path)
+
+
+def lost_peers(rows: Sequence[GpuRow]) -> set[str]:
+    """Returns the peers that have lost the device; ours as a user calls it is the one that all rows need."""
+    failed = [item for row in rows for item in row.failed.items()]
+    return {name for name, reason in failed if reason.startswith(LOST)} - {OURS.name}
 
 
 def run(bench: Bench, gpu: Gpu, cases: Sequence[Case], budget: float, save: Callable[[], object]) -> None:
@@ -194,8 +213,8 @@ def run(bench: Bench, gpu: Gpu, cases: Sequence[Case], budget: float, save: Call
             bench.measure(row, case, remaining)
             bench.device.release()
         except DeviceLost as error:
-            gpu.stopped = f"the device was lost in {case.id}: {error}"
-            row.failed[OURS.name] = gpu.stopped
+            gpu.stopped = f"{LOST} in {case.id} by {error.peer}: {error}"
+            row.failed[error.peer] = gpu.stopped
         gpu.rows.append(row)
         gpu.not_run = gpu.not_run[1:]
         print(line(row), flush=True)
@@ -217,21 +236,28 @@ def line(row: GpuRow) -> str:
     return f"{row.id}: {', '.join(parts)}"
 
 
-def table(bars: Sequence[GpuBar]) -> list[str]:
-    """Returns the bars as lines of text in columns."""
+def table(bars: Sequence[GpuBar]) -> list[tuple[str, ...]]:
+    """Returns the bars as text in columns, the first line their heads."""
     lines: list[tuple[str, ...]] = [("bar", "against", "must", "rows", "worst", "median", "met", "worst row")]
     for bar in bars:
         numbers = [f"{x:.2f}" if x is not None else "" for x in (bar.worst, bar.median)]
         rows = f"{bar.measured} of {bar.cases}"
         lines.append((bar.name, bar.peer, f"{bar.must:.2f}", rows, *numbers, bar.verdict, bar.worst_id or ""))
-    widths = [max(len(cells[i]) for cells in lines) for i in range(len(lines[0]))]
-    return ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in lines]
+    return lines
+
+
+def columns(lines: Sequence[tuple[str, ...]]) -> str:
+    """Returns lines of text with their columns aligned."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, cells, widths)).rstrip() for cells in lines)
 
 
 def report(gpu: Gpu) -> None:
     """Prints the bars, and how many rows there are of what kind."""
     print("\nratios: time per step of a peer / that of torchrnn, medians of interleaved calls")
-    print("\n".join(table(gpu.bars)))
+    print(columns(table(gpu.bars)))
+    print("\nfor the table of paths, by B: how many times as fast, where it is the faster one")
+    print(columns(gpu_dispatch.table(gpu.rows)) + "\n")
     failed = [row.id for row in gpu.rows if row.failed]
     for label, names in (("failed", failed), (f"below {LEAST} of {EAGER}", gpu.below)):
         dots = ", ..." if len(names) > LISTED else ""
@@ -248,14 +274,21 @@ def main(argv: Sequence[str] | None = None, device: Device | None = None) -> int
         print(f"bench gpu: {why}", file=sys.stderr)
         return 2
     every = gpu_cases.quick() if args.quick else gpu_cases.grid()
-    cases = [case for case in every if args.filter.search(case.id)]
+    before = load_rows(args.out) if args.resume else []
+    done = {row.id for row in before}
+    cases = [case for case in every if args.filter.search(case.id) and case.id not in done]
     if not cases:
         print(f"bench gpu: no case matches {args.filter.pattern!r}", file=sys.stderr)
         return 2
-    bench = Bench(device, make_peers(device), QUICK_ROW_SECONDS if args.quick else ROW_SECONDS)
+    lost = lost_peers(before)
+    makes = [peer for peer in make_peers(device) if peer.name not in lost]
+    bench = Bench(device, makes, QUICK_ROW_SECONDS if args.quick else ROW_SECONDS)
     asked = {"budget": args.budget, "quick": args.quick, "filter": args.filter.pattern}
-    gpu = Gpu(device.describe())
-    result = dataclasses.replace(results.describe(asked), gpu=gpu, skipped=unavailable(bench.peers))
+    gpu = Gpu(device.describe(), before)
+    skipped = unavailable(bench.peers) | dict.fromkeys(lost, LOST)
+    result = dataclasses.replace(results.describe(asked), gpu=gpu, skipped=skipped)
+    if args.commit and not results.git("rev-parse", "HEAD"):
+        result = dataclasses.replace(result, commit=args.commit, dirty=False)
     print(f"{gpu.device['name']}; torch {result.torch}, torchrnn {result.torchrnn}; {len(cases)} rows")
     for name, reason in result.skipped.items():
         print(f"skipped: {name}, {reason}")

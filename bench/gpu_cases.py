@@ -101,6 +101,11 @@ BARS = (
 )
 
 
+def decides(case: Case) -> bool:
+    """Whether a row is one of those that the table of paths is to be read from."""
+    return plain(case) and case.batch in (8, 64) and case.hidden <= 512
+
+
 def grid() -> list[Case]:
     """Returns all rows, the most important ones first."""
     axes = itertools.product(GATES, MODES, BATCHES, HIDDEN, DTYPES, VARIANTS)
@@ -113,14 +118,21 @@ def grid() -> list[Case]:
 def ordered(cases: Iterable[Case]) -> list[Case]:
     """Returns the cases such that a run which stops early has rows from all over each bar.
 
-    The bars take turns; their rows, and after them the others, come in no order but always the same one.
+    Those that decide the table of paths take turns with those of the bars, and the bars with each other; the
+    rows of each, and after them the rest, come in no order but always the same one.
     """
     shuffled = list(cases)
     random.Random(0).shuffle(shuffled)
-    turns = itertools.zip_longest(*([case for case in shuffled if bar.covers(case)] for bar in BARS))
-    first = [case for turn in turns for case in turn if case is not None]
+    bars = turns([case for case in shuffled if bar.covers(case)] for bar in BARS)
+    first = turns([[case for case in shuffled if decides(case)], bars])
     rest = sorted(shuffled, key=lambda case: case.hidden > 512)
     return list(dict.fromkeys([*first, *rest]))
+
+
+def turns(lists: Iterable[list[Case]]) -> list[Case]:
+    """Returns the first case of each list, then the second of each, and so on until all are empty."""
+    rounds = itertools.zip_longest(*lists)
+    return [case for one in rounds for case in one if case is not None]
 
 
 def quick() -> list[Case]:

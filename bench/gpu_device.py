@@ -53,7 +53,10 @@ class Cuda:
         return allows_tf32()
 
     def why_not(self) -> str | None:
-        return None if torch.cuda.is_available() else "torch finds no CUDA device"
+        if not torch.cuda.is_available():
+            return "torch finds no CUDA device"
+        why: str | None = torchrnn.info()["why_not_cuda"]
+        return why and f"torchrnn has no CUDA kernels: {why}"
 
     def describe(self) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(self.name)

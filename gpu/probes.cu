@@ -24,6 +24,7 @@ constexpr int kChunk = 16;  // Bytes of a store_async.
 constexpr int kWarp = 32, kThreads = 256;
 constexpr size_t kSharedBytes = 200 * 1024;  // A CTA's; so much leaves one CTA per multiprocessor.
 constexpr int kClusters[] = {1, 2, 4, 8, 16};
+constexpr uint32_t kUnwritten = 0xFFFFFFFF;
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
@@ -85,6 +86,32 @@ RNN_KERNEL void grid_barrier(int iterations, unsigned* arrived) {
         asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(arrived) : "memory");
         if (ptx::nanoseconds() - start > 2000000000) __trap();
       }
+    }
+    ptx::sync_threads();
+  }
+}
+
+// All CTAs tell each other `chunks` chunks through global memory, without a barrier: a chunk is its own flag,
+// since it is written once, over bits that no chunk has. The next round starts once all have come.
+RNN_KERNEL void global_gather(int iterations, int chunks, uint32_t* buffer) {
+  const int all = gridDim.x * chunks;
+  for (int t = 0; t < iterations; ++t) {
+    uint32_t* round = buffer + size_t(t) * all * 4;
+    if (ptx::thread() < chunks) {
+      const uint32_t* to = round + (blockIdx.x * chunks + ptx::thread()) * 4;
+      asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %1, %1, %1};" ::"l"(to), "r"(t) : "memory");
+    }
+    const uint64_t start = ptx::nanoseconds();
+    for (int i = ptx::thread(); i < all; i += blockDim.x) {
+      uint32_t a, b, c, d;
+      do {
+        asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
+                     : "l"(round + i * 4)
+                     : "memory");
+        if (ptx::nanoseconds() - start > 2000000000) __trap();
+      } while (a == kUnwritten || b == kUnwritten || c == kUnwritten || d == kUnwritten);
+      if (a != t || b != t || c != t || d != t) __trap();
     }
     ptx::sync_threads();
   }
@@ -152,14 +179,15 @@ struct Launch {
   }
 };
 
-// Nanoseconds per iteration; `start` launches a run of so many iterations.
-template <typename Start>
-double per_iteration(const char* what, Start start) {
+// Nanoseconds per iteration; `start` launches a run of so many iterations, for which `prepare` gets ready.
+template <typename Start, typename Prepare>
+double per_iteration(const char* what, Start start, Prepare prepare) {
   cudaEvent_t begin, end;
   check(cudaEventCreate(&begin), what);
   check(cudaEventCreate(&end), what);
   const auto run = [&](int iterations) {
     float milliseconds = 0;
+    check(prepare(), what);
     check(cudaEventRecord(begin), what);
     check(start(iterations), what);
     check(cudaEventRecord(end), what);
@@ -172,6 +200,11 @@ double per_iteration(const char* what, Start start) {
   for (int i = 0; i < kRepeats; ++i) times.push_back((run(kLong) - run(kShort)) / (kLong - kShort));
   std::sort(times.begin(), times.end());
   return times[kRepeats / 2];
+}
+
+template <typename Start>
+double per_iteration(const char* what, Start start) {
+  return per_iteration(what, start, [] { return cudaSuccess; });
 }
 
 int max_clusters(int cluster) {
@@ -234,16 +267,29 @@ void grids(int multiprocessors) {
   float* sums;
   check(cudaMalloc(&arrived, sizeof *arrived), "memory");
   check(cudaMalloc(&sums, multiprocessors * kThreads * sizeof *sums), "memory");
-  std::vector<std::pair<std::string, double>> barriers, products;
+  std::vector<std::pair<std::string, double>> barriers, gathers, products;
   for (int count : {16, 64, multiprocessors}) {
     const Launch launch{count, 1, kThreads, 0, true};
-    const auto start = [&](int n) {
-      check(cudaMemsetAsync(arrived, 0, sizeof *arrived), "grid barrier");
-      return launch(grid_barrier, n, arrived);
-    };
-    barriers.emplace_back(std::to_string(count), per_iteration("grid barrier", start));
+    const auto start = [&](int n) { return launch(grid_barrier, n, arrived); };
+    const auto prepare = [&] { return cudaMemsetAsync(arrived, 0, sizeof *arrived); };
+    barriers.emplace_back(std::to_string(count), per_iteration("grid barrier", start, prepare));
   }
   print("grid barrier, ns, of CTAs", barriers);
+  for (int count : {2, 16, 64, 128}) {
+    if (count > multiprocessors) continue;
+    for (int chunks : {1, 8, 16, 32}) {
+      const size_t bytes = size_t(kLong) * count * chunks * kChunk;
+      uint32_t* buffer;
+      check(cudaMalloc(&buffer, bytes), "memory");
+      const Launch launch{count, 1, kThreads, 0, true};
+      const auto start = [&](int n) { return launch(global_gather, n, chunks, buffer); };
+      const auto prepare = [&] { return cudaMemsetAsync(buffer, 0xFF, bytes); };
+      const std::string name = std::to_string(count) + "x" + std::to_string(chunks);
+      gathers.emplace_back(name, per_iteration("gather through L2", start, prepare));
+      check(cudaFree(buffer), "memory");
+    }
+  }
+  print("gather through L2, ns, CTAs x chunks of 16 bytes", gathers);
   for (int count : {1, multiprocessors}) {
     const Launch launch{count, 1, kThreads};
     const auto start = [&](int n) { return launch(resident_mma, n, uint32_t{0}, sums); };

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import one_thread
 
-from bench import gpu, gpu_cases, gpu_floors, report, results, timing
+import torchrnn
+from bench import gpu, gpu_cases, gpu_dispatch, gpu_floors, report, results, timing
 from bench.cases import GATES, Case
 from bench.gpu_cases import LEAST, PERSISTENT, SMALL, STANDARD
 from bench.gpu_device import Cuda
@@ -181,6 +183,25 @@ def test_command_needs_only_torch_and_says_so_without_a_gpu(tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
+def test_gpu_without_our_kernels_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    why = torchrnn.info() | {"why_not_cuda": "not built"}
+    monkeypatch.setattr(torchrnn, "info", lambda: why)
+    assert Cuda().why_not() == "torchrnn has no CUDA kernels: not built"
+
+
+def test_copy_without_a_repository_is_of_the_commit_that_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--quick", "--filter", "gru-b2-t4-h8-bf16-infer", "--out", str(tmp_path), "--commit", "abc"]
+    assert gpu.main(arguments, StandIn()) == 0
+    assert results.load(tmp_path / "bench.json").commit != "abc"
+    monkeypatch.setattr(results, "git", lambda *_: "")
+    assert gpu.main(arguments, StandIn()) == 0
+    found = results.load(tmp_path / "bench.json")
+    assert (found.commit, found.dirty) == ("abc", False)
+
+
 def test_bad_filter_and_budget_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--filter", "no such case"], StandIn()) == 2
     assert "no case matches" in capsys.readouterr().err
@@ -238,13 +259,13 @@ def test_wrong_forced_path_fails_the_row_but_the_others_are_timed(monkeypatch: p
 def test_path_that_is_not_served_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     def only_auto(ours: Any, run: Run) -> Sequence[Any]:
         if ours.path != "auto":
-            raise ValueError("lstm: not served\nby this path")
+            raise RuntimeError("the path does not serve this call: it is small\nand more")
         return run()
 
     spoil(monkeypatch, Ours, only_auto)
     row = row_of(TINY)
     assert not row.failed
-    assert row.skipped["torchrnn cluster"] == "ValueError: lstm: not served"
+    assert row.skipped["torchrnn cluster"] == "RuntimeError: the path does not serve this call: it is small"
     assert "torchrnn cluster" not in row.times
     assert row.times
 
@@ -255,7 +276,9 @@ def test_ours_that_does_not_run_fails_the_row(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(Ours, "prepare", refuse)
     row = row_of(TINY)
-    assert row.failed == {"torchrnn": "ValueError: no"}
+    # Nor is it a skip if a path or a graph raises anything else than that it does not serve the call.
+    names = ("torchrnn", "torchrnn step", "torchrnn cluster", "torchrnn graph")
+    assert row.failed == dict.fromkeys(names, "ValueError: no")
     assert not row.times
 
 
@@ -282,9 +305,35 @@ def test_run_stops_when_the_device_is_lost(tmp_path: Path, monkeypatch: pytest.M
     assert gpu.main(["--quick", "--out", str(tmp_path)], device) == 1
     measured = load(tmp_path)
     assert len(measured.rows) == 1
-    assert "torchrnn: RuntimeError: an illegal memory access" in measured.rows[0].failed["torchrnn"]
+    assert "by torchrnn: RuntimeError: an illegal memory access" in measured.rows[0].failed["torchrnn"]
     assert "the device was lost" in measured.stopped
     assert len(measured.not_run) == len(gpu_cases.quick()) - 1
+
+
+def test_run_is_resumed_without_what_lost_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device = StandIn()
+
+    def cluster_crashes(ours: Any, run: Run) -> Sequence[Any]:
+        if ours.path == "cluster":
+            device.lost = True
+            raise RuntimeError("unspecified launch failure")
+        return run()
+
+    spoil(monkeypatch, Ours, cluster_crashes)
+    arguments = ["--quick", "--out", str(tmp_path)]
+    assert gpu.main(arguments, device) == 1
+    (lost,) = load(tmp_path).rows
+    assert lost.failed.keys() == {"torchrnn cluster"}
+    device.lost = False  # As in a new process.
+    assert gpu.main([*arguments, "--resume"], device) == 1
+    measured = load(tmp_path)
+    assert [row.id for row in measured.rows] == [case.id for case in gpu_cases.quick()]
+    assert (measured.rows[0], measured.stopped, measured.not_run) == (lost, "", [])
+    assert all({"torchrnn", "torchrnn step"} <= row.us.keys() for row in measured.rows[1:])
+    assert not any("torchrnn cluster" in row.us for row in measured.rows)
+    assert "skipped: torchrnn cluster, the device was lost" in capsys.readouterr().out
 
 
 def test_long_case_is_checked_on_fewer_steps_and_timed_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,12 +363,20 @@ def test_grid_has_every_row_once() -> None:
 
 def test_rows_of_the_bars_come_first_and_in_turns() -> None:
     cases = gpu_cases.grid()
-    in_bars = [any(bar.covers(case) for bar in gpu_cases.BARS) for case in cases]
-    assert in_bars == sorted(in_bars, reverse=True)
-    rest = [case.hidden > 512 for case, covered in zip(cases, in_bars, strict=True) if not covered]
+    matter = [gpu_cases.decides(case) or any(bar.covers(case) for bar in gpu_cases.BARS) for case in cases]
+    assert matter == sorted(matter, reverse=True)
+    rest = [case.hidden > 512 for case, first in zip(cases, matter, strict=True) if not first]
     assert rest == sorted(rest)
     for bar in gpu_cases.BARS:
-        assert sum(bar.covers(case) for case in cases[:70]) >= 5, bar.name
+        assert sum(bar.covers(case) for case in cases[:100]) >= 6, bar.name
+
+
+def test_rows_that_decide_the_table_of_paths_come_early() -> None:
+    cases = gpu_cases.grid()
+    count = sum(map(gpu_cases.decides, cases))
+    assert count == 2 * 2 * 2 * 6 * 3
+    assert sum(map(gpu_cases.decides, cases[:100])) >= 50
+    assert sum(map(gpu_cases.decides, cases[: 2 * count])) == count
 
 
 def test_bars_cover_what_they_name() -> None:
@@ -378,8 +435,8 @@ def test_compiling_peers_have_few_rows_and_need_time(monkeypatch: pytest.MonkeyP
         for name in ("compiled loop", "flashrnn", "torch.nn fp16", "torch.nn")
     }
     assert counts == {
-        "compiled loop": 3 * 2 * 2 * 2,
-        "flashrnn": 3 * 2 * 3,
+        "compiled loop": 2 * 2 * 2,
+        "flashrnn": 2 * 3,
         "torch.nn fp16": counts["torch.nn fp16"],
         "torch.nn": len(gpu_cases.grid()),
     }
@@ -426,7 +483,7 @@ def test_failed_row_fails_its_bar() -> None:
     row = a_row(case, {}, us={}, failed={"torchrnn": "wrong"})
     bar = bars_of(row)["R8", "torch.nn"]
     assert (bar.met, bar.failed, bar.measured, bar.worst) == (False, [case.id], 0, None)
-    assert any(line.startswith("R8") and " no" in line for line in gpu.table([bar]))
+    assert any(line.startswith("R8") and " no" in line for line in gpu.columns(gpu.table([bar])).splitlines())
     assert ("R8", "torch.nn graph") not in bars_of(row)
 
 
@@ -434,6 +491,31 @@ def test_rows_slower_than_torch_are_listed() -> None:
     slow = a_row(gpu_cases.grid()[0], {"torch.nn": 0.969})
     fair = a_row(gpu_cases.grid()[1], {"torch.nn": LEAST})
     assert gpu_cases.below([slow, fair, a_row(TINY, {})]) == [slow.id]
+
+
+# The table of paths.
+
+
+def test_summary_says_where_which_path_is_the_fastest() -> None:
+    def row(batch: int, us: dict[str, float], **changes: Any) -> GpuRow:
+        return a_row(Case("gru", "train", 512, batch, 256, 256, **changes), {}, us={"torchrnn": 9.0, **us})
+
+    step, cluster, theirs = "torchrnn step", "torchrnn cluster", "torch.nn"
+    rows = [
+        row(64, {step: 8.0, cluster: 9.0, theirs: 4.0}),
+        row(8, {step: 8.0, cluster: 2.0, theirs: 4.0}),
+        row(1, {step: 8.0, theirs: 8.0}),
+        row(
+            16, {cluster: 1.0, theirs: 8.0}
+        ),  # Without the step path, which is always there, it says nothing.
+        row(128, {step: 8.0, cluster: 2.0}, layers=2),
+        row(8, {step: 6.0, cluster: 3.0, theirs: 2.0}, dtype="bfloat16"),
+    ]
+    assert gpu_dispatch.table(rows) == [
+        ("dtype", "cell", "pass", "H", "at B", "cluster / step", "torch.nn / best of ours"),
+        ("bfloat16", "gru", "train", "256", "8", "8: 2.00", "8: 1.50"),
+        ("float32", "gru", "train", "256", "1 8 64", "8: 4.00", "64: 2.00"),
+    ]
 
 
 # The floors: tables of the notes on CUDA kernels, forward/backward in microseconds per step.
@@ -493,6 +575,23 @@ def test_floor_of_a_case_is_that_of_the_notes() -> None:
         for mode, total in (("infer", infer), ("train", train)):
             case = Case("lstm", mode, 512, batch, hidden, hidden, dtype="bfloat16")
             assert 512e-3 * gpu_floors.microseconds(case) == pytest.approx(total, rel=0.15), case.id
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sizes"),
+    [
+        ("bfloat16", {64: 1, 128: 2, 256: 4, 384: 8, 512: 16}),
+        ("float32", {64: 1, 128: 2, 256: 8}),
+    ],
+)
+@pytest.mark.parametrize("cell", GATES)
+def test_floor_knows_the_clusters_of_the_kernels(cell: str, dtype: str, sizes: dict[int, int]) -> None:
+    for hidden, blocks in sizes.items():
+        case = Case(cell, "train", 512, 8, hidden, hidden, dtype=dtype)
+        ours = gpu_floors.Layout(True, blocks, hidden // blocks, 8)
+        assert ours in gpu_floors.layouts(case)
+        for backward in (False, True):
+            assert gpu_floors.recurrence(case, backward) <= gpu_floors.step(case, ours, backward)
 
 
 def test_every_row_of_the_grid_has_a_floor() -> None:
