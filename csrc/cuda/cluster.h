@@ -2,6 +2,8 @@
 // weights in registers. Index maps are in cuda/maps.h.
 #pragma once
 
+#include "cells/gru.h"
+#include "cells/lstm.h"
 #include "cuda/half.h"
 #include "cuda/maps.h"
 #include "cuda/ptx.h"
@@ -35,6 +37,16 @@ auto with_operands(Dtype dtype, const Use& use) {
   if (dtype == Dtype::kBfloat16) return use(Bf16());
   if (dtype == Dtype::kFloat16) return use(Half());
   return use(float());
+}
+
+// Calls use(cell, number, bucket) with those of a call.
+template <typename Use>
+auto with_types(const ForwardScan<float>& p, const Use& use) {
+  return with_operands(p.dtype, [&](auto number) {
+    return with_bucket<decltype(number)>(p.hidden, [&](auto bucket) {
+      return p.cell == Cell::kGru ? use(Gru<float>(), number, bucket) : use(Lstm<float>(), number, bucket);
+    });
+  });
 }
 
 // One batch row in the direction of this CTA.

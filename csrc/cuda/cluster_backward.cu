@@ -12,8 +12,6 @@
 // written. So it is with the gate gradients: who writes them in step s + 2 has what was sent in step s + 1 by
 // CTAs that had everything from step s, which was sent after those of step s had been read.
 
-#include "cells/gru.h"
-#include "cells/lstm.h"
 #include "cuda/cluster.h"
 #include "cuda/cluster_launch.h"
 
@@ -331,16 +329,10 @@ RNN_KERNEL void RNN_LAUNCH_BOUNDS(B::kThreads) cluster_backward_kernel(const Bac
 // Calls use(configuration, kernel) with the kernel that serves p.
 template <typename Use>
 auto with_kernel(const ForwardScan<float>& p, void* stream, const Use& use) {
-  const auto with_cell = [&]<typename Cell, typename Io>(Cell, Io) {
-    return with_bucket<Io>(p.hidden, [&](auto bucket) {
-      using B = decltype(bucket);
-      constexpr int kBytes = sizeof(BackwardShared<Cell, Io, B>);
-      static_assert(kBytes <= 48 << 10, "more shared memory must be asked for");
-      return with_launch<B, cluster_backward_kernel<Cell, Io, B>>(p.batch, p.directions, kBytes, stream, use);
-    });
-  };
-  return with_operands(p.dtype, [&](auto number) {
-    return p.cell == Cell::kGru ? with_cell(Gru<float>(), number) : with_cell(Lstm<float>(), number);
+  return with_types(p, [&]<typename Cell, typename Io, typename B>(Cell, Io, B) {
+    constexpr int kBytes = sizeof(BackwardShared<Cell, Io, B>);
+    static_assert(kBytes <= 48 << 10, "more shared memory must be asked for");
+    return with_launch<B, cluster_backward_kernel<Cell, Io, B>>(p.batch, p.directions, kBytes, stream, use);
   });
 }
 

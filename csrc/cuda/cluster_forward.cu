@@ -12,8 +12,6 @@
 // The sums need only one buffer: who writes those of step s + 1 has h of step s + 1 from all owners of its
 // own CTA, which they sent after reading the sums of step s.
 
-#include "cells/gru.h"
-#include "cells/lstm.h"
 #include "cuda/cluster.h"
 #include "cuda/cluster_launch.h"
 
@@ -280,16 +278,11 @@ RNN_KERNEL void RNN_LAUNCH_BOUNDS(B::kThreads) cluster_forward_kernel(const Forw
 // Calls use(configuration, kernel) with the kernel that serves p.
 template <typename Use>
 auto with_kernel(const ForwardScan<float>& p, void* stream, const Use& use) {
-  const auto with_cell = [&]<typename Cell, typename Io>(Cell, Io) {
-    return with_bucket<Io>(p.hidden, [&](auto bucket) {
-      using B = ForwardBucket<decltype(bucket), Cell::kGates>;
-      constexpr int kBytes = sizeof(ForwardShared<Cell, Io, B>);
-      static_assert(kBytes <= 48 << 10, "more shared memory must be asked for");
-      return with_launch<B, cluster_forward_kernel<Cell, Io, B>>(p.batch, p.directions, kBytes, stream, use);
-    });
-  };
-  return with_operands(p.dtype, [&](auto number) {
-    return p.cell == Cell::kGru ? with_cell(Gru<float>(), number) : with_cell(Lstm<float>(), number);
+  return with_types(p, [&]<typename Cell, typename Io, typename Serving>(Cell, Io, Serving) {
+    using B = ForwardBucket<Serving, Cell::kGates>;
+    constexpr int kBytes = sizeof(ForwardShared<Cell, Io, B>);
+    static_assert(kBytes <= 48 << 10, "more shared memory must be asked for");
+    return with_launch<B, cluster_forward_kernel<Cell, Io, B>>(p.batch, p.directions, kBytes, stream, use);
   });
 }
 
