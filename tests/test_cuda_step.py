@@ -80,11 +80,11 @@ def test_the_suite_runs_on_the_host_build(host_build: Path) -> None:
     script = (
         "import load_host_build, torch\n"
         "x, w, none = torch.zeros(1, 1, 1), [torch.zeros(4, 1)], [None] * 8\n"
-        "options = 0, 1, None, None, 1e-5, False, False, 2, False\n"  # relu on the cluster path.
+        "options = 0, 0, None, None, 1e-5, False, False, 2, False\n"  # The path is cluster, without TF32.
         "torch.ops.torchrnn.layer_infer(x, w, w, *[[]] * 6, *none, *options)\n"
     )
     environment = {**os.environ, "TORCHRNN_PURE": "1", "TORCHRNN_HOST_BUILD": str(host_build)}
     environment["PYTHONPATH"] = f"{TESTS / 'cuda'}{os.pathsep}{TESTS.parent}"
     command = [sys.executable, "-c", script]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert "the cluster path does not serve this call: the activation is not tanh" in result.stderr
+    assert "the cluster path does not serve this call: the dtype is float32 and TF32" in result.stderr
