@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent
 PURE = os.environ.get("TORCHRNN_PURE", "0") not in {"", "0"}
 
 CXX_FLAGS = [
+    "-std=c++20",  # Else torch 2.11 takes C++17.
     "-O3",
     "-g0",  # Python's own flags may hold -g: without this the library is many times larger.
     "-Wall",
