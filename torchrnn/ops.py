@@ -195,7 +195,7 @@ def requires_grad(a: Arguments) -> bool:
 def autocast(a: Arguments) -> Arguments:
     """Brings the floating tensors to autocast's dtype, if autocast is on; float64 stays as it is."""
     device = a.x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not reference.autocasts(device):
         return a
     dtype = torch.get_autocast_dtype(device)
 

@@ -157,6 +157,13 @@ class _Direction:
         return F.layer_norm(x, x.shape[-1:], self.norm_gain[row], self.norm_shift[row], self.options.norm_eps)
 
 
+def autocasts(device: str) -> bool:
+    """Returns whether autocast is on for a type of device; not each one has it."""
+    # torch 2.11 cannot trace the question which has. Those that are compiled for have it, but for meta.
+    known = device != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(device)
+    return known and torch.is_autocast_enabled(device)
+
+
 def layer(a: Arguments, options: Options, all_states: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Runs one layer, all its directions.
 
@@ -171,7 +178,7 @@ def layer(a: Arguments, options: Options, all_states: bool = False) -> tuple[Ten
         empty for a cell without memory.
     """
     device = a.x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if autocasts(device):
         # Autocast would round the products to its own dtype.
         with torch.autocast(device, enabled=False):
             return layer(a, options, all_states)

@@ -21,6 +21,7 @@ from torchrnn._native import DTYPES
 from torchrnn.checks import check_lengths, transformed
 from torchrnn.options import ACTIVATIONS
 from torchrnn.reference import _ACTIVATIONS as FUNCTIONS
+from torchrnn.reference import autocasts
 
 
 class ScanCell(NamedTuple):
@@ -134,7 +135,7 @@ def reference_only(training: bool, *masks: Tensor | None) -> bool:
 def _autocast(wx: Tensor, *others: Tensor | None) -> Any:
     """Brings the floating tensors to autocast's dtype, if autocast is on; float64 stays as it is."""
     device = wx.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return wx, *others
     dtype = torch.get_autocast_dtype(device)
     return tuple(
