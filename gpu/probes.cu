@@ -40,7 +40,7 @@ RNN_KERNEL void cluster_barrier(int iterations) {
 // buffers, barriers and order as in the forward kernel. Four threads share a chunk and send it to every
 // fourth CTA. What is sent is the number of the round, which the reader checks. All warps send, so that none
 // can fall two rounds behind.
-RNN_KERNEL void all_gather(int iterations, int chunks, uint32_t* error) {
+RNN_KERNEL void all_gather(int iterations, int chunks) {
   const int rank = ptx::cluster_rank(), count = ptx::cluster_size(), thread = ptx::thread();
   const uint32_t bytes = count * chunks * kChunk;
   auto* barriers = reinterpret_cast<uint64_t*>(ptx::shared_memory());
@@ -57,7 +57,7 @@ RNN_KERNEL void all_gather(int iterations, int chunks, uint32_t* error) {
   for (int t = 0; t < iterations; ++t) {
     const int now = t & 1, next = now ^ 1;
     if (t > 0) {
-      ptx::mbarrier_wait(&barriers[now], ((t - 2 + now) >> 1) & 1, error);
+      ptx::mbarrier_wait(&barriers[now], ((t - 2 + now) >> 1) & 1);
       if (thread == 0) ptx::mbarrier_expect(&barriers[now], bytes);
     }
     uint32_t value[4] = {uint32_t(t), uint32_t(t), uint32_t(t), uint32_t(t)};
@@ -230,8 +230,6 @@ void print(const char* name, const std::vector<std::pair<std::string, double>>& 
 }
 
 void clusters() {
-  uint32_t* error;
-  check(cudaMalloc(&error, sizeof *error), "memory");
   std::vector<std::pair<std::string, double>> most, barriers, gathers[2];
   for (int cluster : kClusters) {
     const std::string name = std::to_string(cluster);
@@ -253,7 +251,7 @@ void clusters() {
       for (bool full : {false, true}) {
         const int together = full ? std::max(1, int(count) * 3 / 4) : 1;
         const Launch launch{together * cluster, cluster, std::max(kWarp, 4 * chunks), shared};
-        const auto start = [&](int n) { return launch(all_gather, n, chunks, error); };
+        const auto start = [&](int n) { return launch(all_gather, n, chunks); };
         gathers[full].emplace_back(name + "x" + std::to_string(chunks), per_iteration("all-gather", start));
       }
     }

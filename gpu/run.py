@@ -6,6 +6,8 @@ Each stage writes DIR/<stage>.json, also where it fails, runs out of time, or fi
 all the same. DIR/tests.jsonl and DIR/layers/bench.json grow while tests and bench run. The exit status is 0
 if all stages passed, 1 if one did not, and 2 if none failed but one could not run. Needs python3 with torch,
 pytest and setuptools, nvcc, ninja, and no network; the build is in place, for the GPU at hand only.
+
+One file, as all stages run commands, and tell what became of them, in the same way.
 """
 
 from __future__ import annotations

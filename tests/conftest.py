@@ -76,6 +76,8 @@ def _reproducible() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+needs_kernels = pytest.mark.skipif(_native.WHY_NOT is not None, reason="needs the kernels")
+
 # Without kernels the ops themselves fall back to the reference; with them it is reached around the ops.
 PATHS = ["reference", *_native.ISAS] if _native.WHY_NOT is None else ["fallback"]
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)

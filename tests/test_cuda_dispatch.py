@@ -1,4 +1,7 @@
-"""Which path a call takes on CUDA, what the ops are told of it, and what ``explain`` says; without a GPU."""
+"""Which path a call takes on CUDA, what the ops are told of it, and what ``explain`` says; without a GPU.
+
+One file, as what ``explain`` says must be what the table chooses and the ops are told.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import needs_kernels
 from host_build import CSRC, TESTS, build
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -27,7 +31,6 @@ from torchrnn.rnn_cell import DropoutWrapper, LSTMCell, MultiRNNCell
 
 KERNELS = f"CPU kernels ({_native.isa()})"
 HOPPER = (9, 0)
-needs_kernels = pytest.mark.skipif(_native.WHY_NOT is not None, reason="needs the kernels")
 
 
 @pytest.fixture(autouse=True)

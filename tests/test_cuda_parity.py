@@ -1,6 +1,7 @@
 """CUDA: both paths against float64, and what only a GPU has: graphs, streams, devices, waiting.
 
-The cases run on CUDA; a few of each test run on the CPU too, where they test the test itself.
+The cases run on CUDA; a few of each test run on the CPU too, where they test the test itself. One file, as all
+sections share the cases and the two paths.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import torch
 
 from gpu import run
 
-no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tests what is said where there is no GPU")
 MACHINE = {"capability": [9, 0], "why_not": None, "commit": None}
 
 

@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Trio, assert_close_to_f64, trio
+from conftest import Trio, assert_close_to_f64, needs_kernels, trio
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
-
-from torchrnn import _native
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYERS = {
@@ -24,8 +22,6 @@ LAYERS = {
 }
 SIZES = ((5, 3, 7, 33), (4, 1, 33, 7), (3, 7, 1, 2), (2, 5, 130, 17), (6, 2, 5, 64))
 """T, B, I, H: none a multiple of a vector, but for the last."""
-
-needs_kernels = pytest.mark.skipif(_native.WHY_NOT is not None, reason="needs the kernels")
 
 
 def build(name: str, inputs: int, hidden: int, dtype: torch.dtype, **arguments: Any) -> Trio:

@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_close_to_f64, doubled, gradients, nudged, one_thread
+from conftest import assert_close_to_f64, doubled, gradients, needs_kernels, nudged, one_thread
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from torchrnn import _native
 from torchrnn.scan import CELLS, scan
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -27,8 +26,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 SIZES = ((5, 3, 7), (2, 1, 33), (1, 3, 1), (4, 2, 130), (3, 5, 16))
 """T, B, U."""
 ODD_SIZES = ((19, 33, 7), (19, 1, 33), (2, 33, 130), (1, 1, 1), (2, 3, 0), (2, 0, 3), (3, 2, 2500))
-
-needs_kernels = pytest.mark.skipif(_native.WHY_NOT is not None, reason="needs the kernels")
 
 
 def step(cell: str, act: Callable[[Tensor], Tensor], wx: Tensor, u: Any, h: Any, c: Any) -> tuple[Any, Any]:

@@ -105,13 +105,6 @@ RNN_DEVICE int cluster_steps(const ForwardScan<float>& p) {
 // Steps between a prefetch to L2 and the load. DRAM is about a step away.
 constexpr int kAhead = 4;
 
-// Set by a kernel that has waited in vain, before it traps.
-#ifdef RNN_EMULATE
-static uint32_t lost_message;
-#else
-static __device__ uint32_t lost_message;
-#endif
-
 // Two barriers, one for each buffer that others write to. `bytes` come to a buffer in each phase.
 template <typename P>
 struct Exchange {
@@ -130,7 +123,7 @@ struct Exchange {
   RNN_DEVICE void receive(int step) const {
     if (step == 0) return;
     uint64_t* barrier = barriers + P::buffer(step);
-    if (P::kWaits) ptx::mbarrier_wait(barrier, P::parity(step), &lost_message);
+    if (P::kWaits) ptx::mbarrier_wait(barrier, P::parity(step));
     if (P::kArmsAgain && ptx::thread() == 0) ptx::mbarrier_expect(barrier, bytes);
     ptx::sync_warp();  // What follows is for whole warps.
   }

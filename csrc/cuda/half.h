@@ -14,23 +14,15 @@ struct Bf16 { uint16_t bits; };
 struct Half { uint16_t bits; };
 
 RNN_FN uint32_t bits_of(float x) {
-#ifdef __CUDA_ARCH__
-  return __float_as_uint(x);
-#else
   uint32_t bits;
   memcpy(&bits, &x, sizeof(bits));
   return bits;
-#endif
 }
 
 RNN_FN float of_bits(uint32_t bits) {
-#ifdef __CUDA_ARCH__
-  return __uint_as_float(bits);
-#else
   float x;
   memcpy(&x, &bits, sizeof(x));
   return x;
-#endif
 }
 
 RNN_FN float widen(float x) { return x; }

@@ -123,8 +123,8 @@ RNN_DEVICE uint64_t nanoseconds() {
 }
 
 // Waits for the end of the phase of this parity: the n-th phase of a barrier, counted from 0, has parity n
-// & 1. Sets *error and traps after two seconds, so that a lost message is an error and not a hang.
-RNN_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity, uint32_t* error) {
+// & 1. Traps after two seconds, so that a lost message is an error and not a hang.
+RNN_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   if (mbarrier_try_wait(barrier, parity)) return;
   const uint64_t start = nanoseconds();
   do {
@@ -133,8 +133,6 @@ RNN_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity, uint32_t* erro
       if (mbarrier_try_wait(barrier, parity)) return;
     }
   } while (nanoseconds() - start < 2000000000);
-  *error = 1;
-  __threadfence_system();
   __trap();
 }
 

@@ -81,8 +81,8 @@ inline void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
   emulator::cluster->expect(barrier, bytes);
 }
 
-// A wait without end is a deadlock here, which the emulator reports without the help of *error.
-inline void mbarrier_wait(uint64_t* barrier, uint32_t parity, uint32_t*, Site site = Site::current()) {
+// A wait without end is a deadlock here, which the emulator reports.
+inline void mbarrier_wait(uint64_t* barrier, uint32_t parity, Site site = Site::current()) {
   const Off off;
   emulator::cluster->wait(barrier, parity, site);
 }

@@ -49,7 +49,6 @@ void gather_all(uint32_t* out) {
   Message* messages = reinterpret_cast<Message*>(shared_memory() + 1024);  // [2, kValues]
   const int cluster = block_x() / kCtas, own = cluster_rank() * kThreads + thread();
   const auto buffer = [&](int t) { return messages + (fault == Fault::kOneBuffer ? 0 : t % 2) * kValues; };
-  uint32_t error;
   if (thread() == 0) {
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(&barriers[i], 1);
@@ -65,7 +64,7 @@ void gather_all(uint32_t* out) {
       uint64_t* barrier = &barriers[t % 2];
       const uint32_t parity = (t - 1) / 2 % 2 ^ (fault == Fault::kParity);
       const bool left_out = fault == Fault::kWait && t == 5 && thread() >= 32;
-      if (!left_out) mbarrier_wait(barrier, parity, &error);
+      if (!left_out) mbarrier_wait(barrier, parity);
       if (thread() == 0 && fault != Fault::kArm) mbarrier_expect(barrier, sizeof(Message) * kValues);
       for (int j = 0; j < kValues; ++j) all[j] = buffer(t)[j].masked ^ buffer(t)[j].mask;
     }

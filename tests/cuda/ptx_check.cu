@@ -6,7 +6,7 @@
 namespace torchrnn {
 
 template <typename T>
-RNN_KERNEL void RNN_LAUNCH_BOUNDS(256) ptx_check(const float* in, float* out, uint32_t* error) {
+RNN_KERNEL void RNN_LAUNCH_BOUNDS(256) ptx_check(const float* in, float* out) {
   using namespace ptx;
   uint64_t* barrier = reinterpret_cast<uint64_t*>(shared_memory());
   char* rows = shared_memory() + 1024;
@@ -23,7 +23,7 @@ RNN_KERNEL void RNN_LAUNCH_BOUNDS(256) ptx_check(const float* in, float* out, ui
   const int to = (cluster_rank() + 1) % cluster_size();
   store_async(rows + thread() * 16, to, four, barrier);
   store_async(rows + 4096 + thread() * 8, to, two, barrier);
-  mbarrier_wait(barrier, 0, error);
+  mbarrier_wait(barrier, 0);
   sync_warp();
   uint32_t a[4], b[2];
   float d[4] = {in[0], in[1], in[2], in[3]};
@@ -39,7 +39,7 @@ RNN_KERNEL void RNN_LAUNCH_BOUNDS(256) ptx_check(const float* in, float* out, ui
   sync_cluster();
 }
 
-template RNN_KERNEL void ptx_check<ptx::Bf16>(const float* in, float* out, uint32_t* error);
-template RNN_KERNEL void ptx_check<ptx::Half>(const float* in, float* out, uint32_t* error);
+template RNN_KERNEL void ptx_check<ptx::Bf16>(const float* in, float* out);
+template RNN_KERNEL void ptx_check<ptx::Half>(const float* in, float* out);
 
 }  // namespace torchrnn

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from host_build import CSRC, emulated
+
+from gpu.run import cuda_tool
 
 HERE = Path(__file__).parent
 SEEDS = 50
@@ -121,9 +122,9 @@ def test_thread_sanitizer_sees_races(watched_protocol: Program, fault: str) -> N
 
 @pytest.mark.parametrize("architecture", ["90", "90a"])
 def test_nvcc_takes_every_instruction(tmp_path: Path, architecture: str) -> None:
-    nvcc = shutil.which("nvcc")
+    nvcc = cuda_tool("nvcc")
     if nvcc is None:
-        pytest.skip("needs nvcc on PATH")
+        pytest.skip("needs nvcc, in bin of CUDA_HOME or on PATH")
     done = subprocess.run(
         [
             *(nvcc, "-std=c++20", "-O3", f"-I{CSRC}", "-Werror", "all-warnings"),
