@@ -52,7 +52,7 @@ struct LayerParams {
   T cell_clip, proj_clip;  // infinity is no bound
   T norm_eps;
 
-  // Outputs, contiguous; in a backward call y is an input.
+  // Outputs, contiguous; in a backward call y is an input, null for a cell whose tape holds h.
   T* y;      // [T, B, D*R], zero past a row's length
   T* c_all;  // [T, B, D*H], likewise; null if not wanted
   T* h_n;    // [D, B, R]

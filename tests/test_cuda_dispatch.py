@@ -183,10 +183,10 @@ def test_every_op_is_told_path_and_tf32(monkeypatch: pytest.MonkeyPatch, allowed
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
     code = cuda.PATHS.index(path)
     with cuda.use_path(path):
-        assert train() == [("layer", allowed, code), ("layer_backward", allowed, code)]
+        assert train() == [("layer_train", allowed, code), ("layer_backward", allowed, code)]
         assert infer() == [("layer_infer", allowed, code)]
         names = [name for name, *told in train(recompute=True) if told == [allowed, code]]
-    assert names == ["layer_infer", "layer", "layer_backward"]
+    assert names == ["layer_infer", "layer_train", "layer_backward"]
 
 
 def test_the_newer_flag_of_precision_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,15 +202,15 @@ def test_cpu_kernels_are_not_told() -> None:
     expected = layer(x)[0]
     with cuda.use_path("cluster"):
         torch.testing.assert_close(layer(x)[0], expected)
-        assert train(device="cpu") == [("layer", False, 0), ("layer_backward", False, 0)]
+        assert train(device="cpu") == [("layer_train", False, 0), ("layer_backward", False, 0)]
 
 
 def test_compiled_calls_follow_flag_and_path(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs: list[tuple[bool, int]] = []
 
     def backend(module: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
-        (node,) = [node for node in module.graph.nodes if "layer_infer" in str(node.target)]
-        names = [a.name for a in torch.ops.torchrnn.layer_infer.default._schema.arguments]
+        (node,) = [node for node in module.graph.nodes if "torchrnn.layer" in str(node.target)]
+        names = [a.name for a in torch.ops.torchrnn.layer.default._schema.arguments]
         told = dict(zip(names, node.args, strict=True))
         graphs.append((told["tf32"], told["path"]))
         return module.forward

@@ -1,7 +1,7 @@
 """CUDA: both paths against float64, and what only a GPU has: graphs, streams, devices, waiting.
 
-The cases run on CUDA; a few of each test run on the CPU too, where they test the test itself. One file, as all
-sections share the cases and the two paths.
+The cases run on CUDA; a few of each test run on the CPU too, where they test the test itself. One file, as
+all sections share the cases and the two paths.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from conftest import CUDA, assert_close_to_f64, doubled, gradients, leaves, use_device, use_tf32
+from conftest import CUDA, assert_close_to_f64, doubled, gradients, leaves, rebuild, use_device, use_tf32
 from test_ops import SERVED, arguments, results, vary
 from test_parity import DTYPES, LAYERS, build, run_padded, states
 from torch import Tensor, nn
@@ -147,7 +148,7 @@ def outputs_of(layer: Callable[..., Any], route: str) -> Callable[..., tuple[Ten
 def with_gradients(a: Arguments, options: Options, layer: Callable[..., Any]) -> list[Tensor | None]:
     """Returns all outputs and all gradients, of a functional that is the same in every dtype."""
     outputs = layer(a, options)
-    return [*outputs, *gradients(nn.Module(), outputs, ops.differentiable(a)).values()]
+    return [*outputs, *gradients(nn.Module(), outputs, a.differentiable).values()]
 
 
 def ragged(a: Arguments) -> Arguments:
@@ -186,7 +187,7 @@ def test_what_torch_has_not_matches_the_reference(
     smooth = not {"relu", "cell_clip"} & {*variations} and not projection
     a = ragged(arguments(cell, (6, 9, 3, hidden), 2 if form == "both ways" else 1, projection, dtype, smooth))
     a, options = vary(a, *variations, *(["proj_clip"] if projection else []))
-    options = Options(**{**vars(options), "cell": cell, "reverse": form == "reverse"})
+    options = replace(options, cell=cell, reverse=form == "reverse")
     ours, theirs = outputs_of(ops.layer, route), outputs_of(reference.layer, route)
     with torch.no_grad():
         expected = [theirs(b, options) for b in (a, doubled(a))]
@@ -228,7 +229,7 @@ def test_strides_do_not_matter(device: torch.device, route: str, cell: str, dtyp
 
     a = ragged(arguments(cell, (5, 9, 7, 33), 2, dtype=dtype))
     expected = results(a, Options(cell), outputs_of(ops.layer, route))
-    b = ops.rebuild(a, [strided(t) for t in ops.differentiable(a)])
+    b = rebuild(a, [strided(t) for t in a.differentiable])
     turned = a._replace(x=a.x.detach().permute(1, 2, 0).contiguous().permute(2, 0, 1).requires_grad_())
     for other in (b, turned):
         assert all(map(torch.equal, expected, results(other, Options(cell), outputs_of(ops.layer, route))))
@@ -240,7 +241,7 @@ def test_a_batch_of_no_rows(device: torch.device, route: str, cell: str, dtype: 
     y, _, h_n, *_ = outputs = ops.layer(a, Options(cell))
     assert y.shape == (4, 0, 66)
     assert h_n.shape == (2, 0, 33)
-    for gradient in gradients(nn.Module(), outputs[0], ops.differentiable(a)).values():
+    for gradient in gradients(nn.Module(), outputs[0], a.differentiable).values():
         assert gradient is None or not gradient.any()
 
 
@@ -285,7 +286,7 @@ def test_a_graph_replays_on_new_inputs(
     with torch.cuda.graph(graph):
         captured = run()
     with torch.no_grad():
-        for tensor in ops.differentiable(a):
+        for tensor in a.differentiable:
             tensor.copy_(torch.randn_like(tensor) / 4)
         a.lengths.copy_(torch.randint(0, 7, (9,)))
         a.resets.copy_(torch.rand(6, 9) < 0.3)
@@ -317,7 +318,7 @@ def test_no_call_waits_for_the_device(
 
     def run() -> None:
         outputs = ops.layer(a, Options(cell))
-        torch.autograd.grad(outputs[0].sum(), ops.differentiable(a), allow_unused=True)
+        torch.autograd.grad(outputs[0].sum(), a.differentiable, allow_unused=True)
         with torch.no_grad():
             ops.layer(a, Options(cell))
 
@@ -366,14 +367,15 @@ def test_either_path_goes_back_from_the_tape_of_the_other(cell: str, forward: st
     with use_device("cuda"):
         a = ragged(arguments(cell, (5, 9, 7, 33), 2, dtype=torch.bfloat16, requires_grad=False))
         with cuda.use_path(forward):
-            *outputs, tape = torch.ops.torchrnn.layer(*a, *ops.scalars(Options(cell), a.x), all_states)
+            *outputs, tape = torch.ops.torchrnn.layer_train(*ops.flat(a, Options(cell), all_states))
         given = [torch.randn_like(out) if out.numel() else None for out in outputs]
         found = []
         for path in PATHS:
             with cuda.use_path(path):
-                told = ops.scalars(Options(cell), a.x)
-            back = torch.ops.torchrnn.layer_backward(*given, *a, *told, outputs[0], tape, True, True, True)
-            found.append([*back[:3], *back[3]])
+                told = ops.flat(a, Options(cell), all_states)
+            needs = [True] * 4
+            back = torch.ops.torchrnn.layer_backward(*given, *told, outputs[0], tape, *needs)
+            found.append([back[0], *back[1], *back[2:]])
     for one, other in zip(found[0], found[-1], strict=True):
         worst = torch.finfo(torch.bfloat16).eps * one.abs().max() if one.numel() else 0
         torch.testing.assert_close(one, other, rtol=0, atol=float(2 * worst))
@@ -402,7 +404,7 @@ def test_the_cluster_path_says_what_it_does_not_serve(
         a = arguments(cell, (3, 2, 4, hidden), dtype=dtype, requires_grad=grad)
         a, options = vary(a, *([variation] if variation else []))
         with pytest.raises(RuntimeError, match=f"the cluster path does not serve this call: {why}"):
-            ops.layer(a, Options(**{**vars(options), "cell": cell}))
+            ops.layer(a, replace(options, cell=cell))
 
 
 @pytest.mark.gpu

@@ -79,9 +79,9 @@ def test_the_suite_runs_on_the_host_build(host_build: Path) -> None:
     # Of the test above: a step path that is not there, or not called, would pass it by the fallback.
     script = (
         "import load_host_build, torch\n"
-        "x, w, none = torch.zeros(1, 1, 1), [torch.zeros(4, 1)], [None] * 8\n"
-        "options = 0, 0, None, None, 1e-5, False, False, 2, False\n"  # The path is cluster, without TF32.
-        "torch.ops.torchrnn.layer_infer(x, w, w, *[[]] * 6, *none, *options)\n"
+        "x, w, none = torch.zeros(1, 1, 1), [torch.zeros(4, 1)] * 2, [None] * 6\n"
+        "options = 0, 0, *[False] * 4, None, None, 1e-5, False, False, 2, False\n"  # Cluster, without TF32.
+        "torch.ops.torchrnn.layer_infer(x, w, *none, *options)\n"
     )
     environment = {**os.environ, "TORCHRNN_PURE": "1", "TORCHRNN_HOST_BUILD": str(host_build)}
     environment["PYTHONPATH"] = f"{TESTS / 'cuda'}{os.pathsep}{TESTS.parent}"

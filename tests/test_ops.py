@@ -6,11 +6,12 @@ One file for the one family of ops, whose arguments the sections share.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from conftest import assert_close_to_f64, one_thread
+from conftest import assert_close_to_f64, one_thread, rebuild
 from torch import Tensor
 
 from torchrnn import _native, ops, reference
@@ -56,11 +57,6 @@ def arguments(
     return a._replace(**extras)
 
 
-def flat(a: Arguments, options: Options) -> tuple[Any, ...]:
-    """Returns the positional arguments of the ops up to all_states."""
-    return (*a, *ops.scalars(options, a.x))
-
-
 def loss(outputs: tuple[Tensor, ...]) -> Tensor:
     """Returns a functional that gives every output value another weight."""
     used = [out for out in outputs if out.requires_grad]
@@ -70,7 +66,7 @@ def loss(outputs: tuple[Tensor, ...]) -> Tensor:
 def results(a: Arguments, options: Options, layer: Any) -> tuple[Tensor, ...]:
     """Returns all outputs and all gradients."""
     outputs = layer(a, options, True)
-    return (*outputs, *torch.autograd.grad(loss(outputs), ops.differentiable(a)))
+    return (*outputs, *torch.autograd.grad(loss(outputs), a.differentiable))
 
 
 def cases() -> list[Any]:
@@ -122,23 +118,23 @@ def test_gradients_are_right_to_second_order(
     options = Options(cell, reverse=reverse)
 
     def layer(*values: Tensor) -> tuple[Tensor, ...]:
-        outputs = ops.layer(ops.rebuild(a, values), options, True)
+        outputs = ops.layer(rebuild(a, values), options, True)
         return tuple(out for out in outputs if out.numel())
 
-    assert torch.autograd.gradcheck(layer, ops.differentiable(a), fast_mode=True)
-    assert torch.autograd.gradgradcheck(layer, ops.differentiable(a), fast_mode=True)
+    assert torch.autograd.gradcheck(layer, a.differentiable, fast_mode=True)
+    assert torch.autograd.gradgradcheck(layer, a.differentiable, fast_mode=True)
 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_gradient_of_each_input_is_right(any_path: str, cell: str) -> None:
     # All at once, as above, a fast check could let two errors cancel; and each alone takes other branches.
     a = arguments(cell, (2, 2, 3, 4), 2)
-    variables = ops.differentiable(a)
+    variables = a.differentiable
     for i, variable in enumerate(variables):
         constant = [v.detach() for v in variables]
 
         def layer(value: Tensor, i: int = i, constant: list[Tensor] = constant) -> tuple[Tensor, ...]:
-            outputs = ops.layer(ops.rebuild(a, [*constant[:i], value, *constant[i + 1 :]]), Options(cell))
+            outputs = ops.layer(rebuild(a, [*constant[:i], value, *constant[i + 1 :]]), Options(cell))
             return tuple(out for out in outputs if out is not None and out.requires_grad)
 
         assert torch.autograd.gradcheck(layer, [variable]), f"variable {i}"
@@ -165,11 +161,12 @@ def test_ops_keep_the_dispatchers_contract(
     extras = {"lengths": torch.tensor([2, 0, steps]), "resets": torch.rand(steps, 3) < 0.3}
     a = arguments(cell, (steps, 3, 5, 7), directions, projection, dtype, requires_grad, **extras)
     a, options = vary(a, *variations)
-    call = flat(a, Options(**{**vars(options), "cell": cell}))
+    call = ops.flat(a, replace(options, cell=cell), True)
+    torch.library.opcheck(torch.ops.torchrnn.layer.default, call)
+    with torch.no_grad():
+        y, c_all, h_n, c_n, tape = torch.ops.torchrnn.layer_train(*call)
     if not requires_grad:
-        torch.library.opcheck(torch.ops.torchrnn.layer_infer.default, (*call, True))
-    torch.library.opcheck(torch.ops.torchrnn.layer.default, (*call, True))
-    y, c_all, h_n, c_n, tape = torch.ops.torchrnn.layer(*call, True)
+        torch.library.opcheck(torch.ops.torchrnn.layer_train.default, call)
     # An incoming gradient is often an expanded scalar.
     douts = [torch.ones((), dtype=dtype).expand_as(y), *map(torch.randn_like, (c_all, h_n, c_n))]
     tensors = [t.detach().requires_grad_(requires_grad) for t in douts]
@@ -177,7 +174,7 @@ def test_ops_keep_the_dispatchers_contract(
         tensors[1] = tensors[3] = None
     torch.library.opcheck(
         torch.ops.torchrnn.layer_backward.default,
-        (*tensors, *call, y.detach(), tape.detach(), True, True, True),
+        (*tensors, *call, y, tape, True, True, True, True),
     )
 
 
@@ -252,7 +249,7 @@ def test_variations_match_reference(
     if form in ("ragged", "both ways"):
         a = a._replace(lengths=torch.randint(0, steps + 1, (batch,)), resets=torch.rand(steps, batch) < 0.3)
     a, options = vary(a, *variations, *(["proj_clip"] if projection else []))
-    options = Options(**{**vars(options), "cell": cell, "reverse": form == "reverse"})
+    options = replace(options, cell=cell, reverse=form == "reverse")
     exact = results(a, options, reference.layer)
     for ours, theirs in zip(results(a, options, ops.layer), exact, strict=True):
         torch.testing.assert_close(ours, theirs)  # In float64 no value is at a kink or a bound.
@@ -301,15 +298,6 @@ def test_a_gradient_passes_a_clip_at_its_bound(any_path: str) -> None:
     assert exact[8].any()
     for ours, theirs in zip(results(a, options, ops.layer), exact, strict=True):
         torch.testing.assert_close(ours, theirs)
-
-
-@pytest.mark.skipif(_native.WHY_NOT is not None, reason="needs the kernels")
-@pytest.mark.parametrize("variation", ["zoneout_h", "zoneout_c"])
-def test_kernels_refuse_what_they_do_not_serve(variation: str) -> None:
-    a = arguments("lstm", projection=4 if variation == "proj_clip" else 0, requires_grad=False)
-    a, options = vary(a, variation)
-    with pytest.raises(RuntimeError, match="no kernel serves"):
-        torch.ops.torchrnn.layer_infer(*flat(a, options), False)
 
 
 def test_peephole_and_clip_follow_the_equations() -> None:
@@ -383,7 +371,7 @@ def test_any_strides_give_the_same_numbers(any_path: str, cell: str) -> None:
         wide[..., 0] = t.detach()
         return wide[..., 0].requires_grad_()
 
-    b = ops.rebuild(a, [strided(v) for v in ops.differentiable(a)])
+    b = rebuild(a, [strided(v) for v in a.differentiable])
     assert all(map(same, expected, results(b, Options(cell), ops.layer)))
     turned = a._replace(x=a.x.detach().permute(1, 2, 0).contiguous().permute(2, 0, 1).requires_grad_())
     assert all(map(same, expected, results(turned, Options(cell), ops.layer)))
@@ -492,7 +480,7 @@ def test_no_rows_give_empty_results_and_zero_gradients(any_path: str) -> None:
     assert y.shape == (4, 0, 14)
     assert h_n.shape == c_n.shape == (2, 0, 7)
     for gradient, variable in zip(
-        torch.autograd.grad(y.sum(), ops.differentiable(a)), ops.differentiable(a), strict=True
+        torch.autograd.grad(y.sum(), a.differentiable), a.differentiable, strict=True
     ):
         assert gradient.shape == variable.shape
         assert not gradient.any()

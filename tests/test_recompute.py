@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import trio
+from conftest import rebuild, trio
 from test_ops import arguments, vary
 from torch import Tensor
 
@@ -28,7 +28,7 @@ def both(a: Any, options: Options) -> list[list[Tensor]]:
         generator = torch.Generator().manual_seed(0)
         weights = [torch.randn(out.shape, generator=generator, dtype=out.dtype) for out in outputs]
         loss = sum((out * w).sum() for out, w in zip(outputs, weights, strict=True))
-        wanted = [v for v in ops.differentiable(a) if v.requires_grad]
+        wanted = [v for v in a.differentiable if v.requires_grad]
         found.append([*outputs, *torch.autograd.grad(loss, wanted)])
     return found
 
@@ -80,11 +80,11 @@ def test_second_derivatives_are_right() -> None:
     a = arguments("gru", (9, 2, 3, 2))
 
     def layer(*values: Tensor) -> tuple[Tensor, ...]:
-        y, _, h_n, _ = recompute.layer(ops.rebuild(a, values), Options("gru"))
+        y, _, h_n, _ = recompute.layer(rebuild(a, values), Options("gru"))
         return y, h_n
 
-    assert torch.autograd.gradcheck(layer, ops.differentiable(a), fast_mode=True)
-    assert torch.autograd.gradgradcheck(layer, ops.differentiable(a), fast_mode=True)
+    assert torch.autograd.gradcheck(layer, a.differentiable, fast_mode=True)
+    assert torch.autograd.gradgradcheck(layer, a.differentiable, fast_mode=True)
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])

@@ -362,11 +362,12 @@ def test_the_ops_are_registered_as_torch_wants_them(cell: str) -> None:
     args = (*tensors[:4], torch.tensor([3, 1]), *tensors[4:], info.code, 0, True)
     torch.library.opcheck(torch.ops.torchrnn.scan.default, args)
     constant = tuple(t.detach() if isinstance(t, Tensor) else t for t in args)
-    torch.library.opcheck(torch.ops.torchrnn.scan_infer.default, constant)
-    y, *_, tape = torch.ops.torchrnn.scan(*constant)
+    torch.library.opcheck(torch.ops.torchrnn.scan_infer.default, args)
+    torch.library.opcheck(torch.ops.torchrnn.scan_train.default, constant)
+    y, *_, tape = torch.ops.torchrnn.scan_train(*constant)
     torch.library.opcheck(
         torch.ops.torchrnn.scan_backward.default,
-        (torch.randn_like(y), None, None, *args, y, tape, True),
+        (torch.randn_like(y), None, None, *args, y, tape, True, True, True, True),
     )
 
 

@@ -9,9 +9,8 @@ from torchrnn import _native, cuda, ops
 from torchrnn._layer import Layer
 from torchrnn._native import DTYPES
 from torchrnn.cells import Cell
-from torchrnn.checks import transformed
+from torchrnn.differentiable import transformed
 from torchrnn.options import ACTIVATIONS, CELLS
-from torchrnn.packing import PACK_FROM
 from torchrnn.reference import Arguments
 from torchrnn.rnn_cell.dropout import DropoutWrapper
 
@@ -56,7 +55,7 @@ def explain_ops(cell: object, x: Tensor) -> str:
 
 def _autocast(x: Tensor) -> Tensor:
     """Returns x in the dtype that the ops would compute with."""
-    return ops.autocast(Arguments(x, [], [], [], [], [], [], [], [])).x
+    return ops.autocast(Arguments(x, [], [], [], [])).x
 
 
 def _sequence(module: Layer | Cell, input: Tensor) -> Tensor:
@@ -76,7 +75,7 @@ def _way(module: Layer | Cell, x: Tensor) -> str:
     if why is not None:
         return why
     if x.device.type == "cpu":
-        return f"{_cpu_kernels()}, {_packed(x)}"
+        return _cpu_kernels()
     return f"{_cuda_kernels(x.device)}, {_path(module, x)}"
 
 
@@ -132,17 +131,6 @@ def _cpu_kernels() -> str:
 def _cuda_kernels(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     return f"CUDA kernels (capability {major}.{minor})"
-
-
-def _packed(x: Tensor) -> str:
-    """Returns whether a call on the CPU runs on packed weights, which it does if they are plain tensors."""
-    if torch.is_grad_enabled():
-        return "weights not packed: gradients are recorded"
-    if not ops.runs_packed():
-        return "weights not packed: autocast, a compiler or a tracer is active"
-    rows = x.size(0) * x.size(1)
-    since = "" if rows >= PACK_FROM else f" from the second call on: {rows} rows are fewer than {PACK_FROM}"
-    return f"weights packed and kept{since}"
 
 
 def _learns_masks(module: nn.Module) -> bool:

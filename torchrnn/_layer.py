@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from torchrnn import _dynamo, ops, recompute
+from torchrnn.differentiable import plain
 from torchrnn.options import Options
-from torchrnn.packing import drop_packed_weights, packed_weights
 from torchrnn.reference import Arguments
 
 OPTIONS = {
@@ -117,15 +117,6 @@ class Layer(nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Does nothing: no kernel needs the weights in one block of memory."""
 
-    def drop_packed_weights(self) -> None:
-        """Makes the next inference call read the weights anew.
-
-        Without grad mode the layers keep a copy of their weights in the layout of the CPU kernels. A weight
-        that is replaced, loaded or written to by torch's own operators is noticed. Call this after writing to
-        one behind torch's back: through ``weight.data``, a NumPy view or a pointer.
-        """
-        drop_packed_weights(self)
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.__dict__.pop("_flat_weights", None)  # Of a torch.nn layer.
@@ -173,7 +164,7 @@ class Layer(nn.RNNBase):
             RuntimeError: Where ``torch.nn`` raises it: if a size, or another rank, dtype or device does not
                 fit, or if T is 0.
         """
-        if lengths is None and resets is None and self.num_layers == 1:
+        if lengths is None and resets is None and plain():
             results = self._infer(input, hx)
             if results is not None:
                 return results
@@ -206,29 +197,44 @@ class Layer(nn.RNNBase):
         return y.transpose(0, 1) if self.batch_first else y, self._hidden(states)
 
     def _infer(self, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
-        """The short way of an inference call with one layer, which runs on its packed weights.
+        """The short way of a plain inference call: it looks at types only, and leaves the rest to the op.
 
-        Returns None if they are not there or the arguments do not fit: then ``forward`` has to look closer.
+        Returns None for what is not as simple as that, mistakes too: then ``forward`` has to look closer.
         """
-        kept = self.__dict__.get("_packed_weights")
-        if not kept or type(input) is not Tensor or not ops.runs_packed():
-            return None
-        get = self._parameters.get
-        packed = kept[0].find([get(name) for names in self._all_weights for name in names], self._options())
-        if packed is None:
-            return None
-        x = input.transpose(0, 1) if self.batch_first and input.dim() == 3 else input
-        h0 = c0 = None
-        if self.mode != "LSTM":
-            h0 = hx
-        elif hx is not None:
-            if type(hx) is not tuple or len(hx) != 2:
+        h0, c0 = hx, None
+        if self.mode == "LSTM" and hx is not None:
+            if type(hx) is not tuple or len(hx) != 2 or hx[0] is None or hx[1] is None:
                 return None
             h0, c0 = hx
-        if not packed.fits(x, h0, c0):
+        get = self._parameters.get
+        weights = [get(name) for name in self._flat_weights_names]
+        if not ops.infers(input, weights, h0, c0) or input.dim() != 3 or (self.training and self.dropout):
             return None
-        y, *states = ops.layer_packed(packed, x, h0, c0)
-        return y.transpose(0, 1) if self.batch_first else y, self._hidden(states)
+        x = input.transpose(0, 1) if self.batch_first else input
+        directions = 2 if self.bidirectional else 1
+        count = directions * len(self._all_weights[0])
+        rest = *self._options().codes, self.bias, self.proj_size > 0
+        finals = []
+        try:
+            if self.num_layers == 1:
+                x, *states = ops.plain_layer(x, weights, h0, c0, *rest)
+                finals.append(states)
+            else:
+                if h0 is not None and h0.size(0) != self.num_layers * directions:
+                    return None
+                if c0 is not None and c0.size(0) != self.num_layers * directions:
+                    return None
+                for layer in range(self.num_layers):
+                    rows = slice(layer * directions, (layer + 1) * directions)
+                    first = (None if state is None else state[rows] for state in (h0, c0))
+                    x, *states = ops.plain_layer(
+                        x, weights[layer * count : (layer + 1) * count], *first, *rest
+                    )
+                    finals.append(states)
+        except RuntimeError:
+            return None
+        y = x.transpose(0, 1) if self.batch_first else x
+        return y, self._hidden(self._stacked(finals))
 
     def _forward_packed(
         self, packed: PackedSequence, hx: Any, resets: Tensor | None
@@ -266,21 +272,23 @@ class Layer(nn.RNNBase):
             w_ih, w_hh, *rest = [[*both] for both in zip(*weights, strict=True)]
             b_ih, b_hh = rest[:2] if self.bias else ([], [])
             w_hr = rest[-1] if self.proj_size > 0 else []
-            a = Arguments(x, w_ih, w_hh, b_ih, b_hh, w_hr, [], [], [], h0, c0, lengths, resets)
+            a = Arguments(x, w_ih, w_hh, b_ih, b_hh, w_hr, h0=h0, c0=c0, lengths=lengths, resets=resets)
             try:
-                if self.recompute:
-                    x, _, h_n, c_n = recompute.layer(a, options, packed=packed_weights(self, layer))
-                else:
-                    x, _, h_n, c_n = ops.layer(a, options, packed=packed_weights(self, layer))
+                x, _, h_n, c_n = (recompute if self.recompute else ops).layer(a, options)
             except ValueError:
                 problem = _torch_problem(a)
                 if problem is None:
                     raise
                 raise RuntimeError(problem) from None
-            finals.append((h_n, c_n) if self.mode == "LSTM" else (h_n,))
-        if self.num_layers == 1:
-            return x, finals[0]
-        return x, tuple(torch.cat(final) for final in zip(*finals, strict=True))
+            finals.append((h_n, c_n))
+        return x, self._stacked(finals)
+
+    def _stacked(self, finals: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+        """Returns the final states of all layers, from ``(h_n, c_n)`` of each."""
+        used = finals if self.mode == "LSTM" else [final[:1] for final in finals]
+        if len(used) == 1:
+            return tuple(used[0])
+        return tuple(torch.cat(state) for state in zip(*used, strict=True))
 
     def _named(self, names: Sequence[str]) -> list[Tensor]:
         """Returns weights by name; a parameter without the detour that attributes of a module take."""

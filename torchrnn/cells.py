@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from torchrnn import ops
 from torchrnn._layer import OPTIONS, scalar_type
+from torchrnn.differentiable import plain
 from torchrnn.layers import check_forget_bias, set_forget_bias
 from torchrnn.options import Options
-from torchrnn.packing import drop_packed_weights, packed_weights
 from torchrnn.reference import Arguments
 
 
@@ -39,10 +39,6 @@ class Cell(nn.RNNCellBase):
     def _name(self) -> str:
         return "RNNCell"
 
-    def drop_packed_weights(self) -> None:
-        """Makes the next inference call read the weights anew, see ``torchrnn.LSTM.drop_packed_weights``."""
-        drop_packed_weights(self)
-
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """Runs one step.
 
@@ -59,6 +55,10 @@ class Cell(nn.RNNCellBase):
             ValueError: If a rank does not fit, as in ``torch.nn``.
             RuntimeError: Where ``torch.nn`` raises it: if a size, dtype or device does not fit.
         """
+        if plain():
+            state = self._infer(input, hx)
+            if state is not None:
+                return state
         if input.dim() not in (1, 2):
             raise ValueError(f"{self._name()}: Expected input to be 1D or 2D, got {input.dim()}D instead")
         batched = input.dim() == 2
@@ -68,16 +68,37 @@ class Cell(nn.RNNCellBase):
         if not batched:
             x, first = x.unsqueeze(0), [state.unsqueeze(0) for state in first]
         h0, c0 = (*first, None, None)[:2]
-        biases: list[list[Tensor]] = [[] if bias is None else [bias] for bias in (self.bias_ih, self.bias_hh)]
-        a = Arguments(x, [self.weight_ih], [self.weight_hh], biases[0], biases[1], [], [], [], [], h0, c0)
+        b_ih: list[Tensor] = [] if self.bias_ih is None else [self.bias_ih]
+        b_hh: list[Tensor] = [] if self.bias_hh is None else [self.bias_hh]
+        a = Arguments(x, [self.weight_ih], [self.weight_hh], b_ih, b_hh, h0=h0, c0=c0)
         try:
-            _, _, h_n, c_n = ops.layer(a, self._options(), packed=packed_weights(self))
+            _, _, h_n, c_n = ops.layer(a, self._options())
         except ValueError:
             problem = _torch_problem(a)
             if problem is None:
                 raise
             raise RuntimeError(problem) from None
         return self._hidden(h_n.view(h_n.shape[-input.dim() :]), c_n)
+
+    def _infer(self, input: Any, hx: Any) -> Any:
+        """The short way of a plain inference call, as in the layers; None where it does not lead."""
+        h0, c0 = hx, None
+        if self._options() is OPTIONS["LSTM"] and hx is not None:
+            if type(hx) is not tuple or len(hx) != 2 or hx[0] is None or hx[1] is None:
+                return None
+            h0, c0 = hx
+        get = self._parameters.get
+        weights = [get(name) for name in _NAMES]
+        if not ops.infers(input, weights if self.bias else weights[:2], h0, c0):
+            return None
+        try:
+            h, c = ops.plain_cell(input, *weights, h0, c0, *self._options().codes)
+        except RuntimeError:
+            return None
+        return self._hidden(h, c)
+
+
+_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 def _torch_problem(a: Arguments) -> str | None:

@@ -12,28 +12,26 @@ import torch
 from torch import Tensor
 
 from torchrnn._native import DTYPES
+from torchrnn.differentiable import transformed
 from torchrnn.options import CELLS, Options
 from torchrnn.reference import Arguments
 
 
-def check(a: Arguments, options: Options) -> None:
-    """Raises ValueError or TypeError for what no path can run."""
+def check(a: Arguments, options: Options, values: bool = True) -> None:
+    """Raises ValueError or TypeError for what no path can run.
+
+    Args:
+        a: The arguments of a layer.
+        options: Its options.
+        values: Whether to look at the values of lengths too, as far as they are at hand.
+    """
     call = _Call.of(a, options)
     _check_weights(call, a, options)
     _check_states(call, a, options)
     if a.lengths is not None:
-        check_lengths(call.name, call.x, a.lengths)
+        check_lengths(call.name, call.x, a.lengths, values)
     if a.resets is not None:
         _check_resets(call, a.resets)
-
-
-def transformed() -> bool:
-    """Whether a functorch transform (vmap, jvp, grad ...) or forward-mode differentiation is active."""
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    return torch.autograd.forward_ad._current_level >= 0
 
 
 class _Call(NamedTuple):
@@ -153,7 +151,7 @@ def _need_memory(call: _Call, field: str, options: Options) -> None:
         raise ValueError(f"{call.name}: {field} must be absent, it applies to cells with memory only")
 
 
-def check_lengths(name: str, x: Tensor, lengths: Tensor) -> None:
+def check_lengths(name: str, x: Tensor, lengths: Tensor, values: bool = True) -> None:
     """Raises unless lengths fit x [T, B, I]; ``name`` is that of the op."""
     steps, batch, _ = x.shape
     if not isinstance(lengths, Tensor):
@@ -162,12 +160,22 @@ def check_lengths(name: str, x: Tensor, lengths: Tensor) -> None:
         raise ValueError(f"{name}: lengths must be [B] with B={batch}, got {list(lengths.shape)}")
     if lengths.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{name}: lengths must be int64 or int32, got {lengths.dtype}")
-    # Values on an accelerator are not looked at: that would stop the host until the device has caught up.
-    if lengths.device.type != "cpu" or torch.compiler.is_compiling() or transformed() or batch == 0:
-        return
-    low, high = (int(bound) for bound in torch.aminmax(lengths))
-    if low < 0 or high > steps:
-        raise ValueError(f"{name}: lengths must be in 0..T with T={steps}, got {low}..{high}")
+    if values and batch > 0 and _has_values(lengths):
+        low, high = (int(bound) for bound in torch.aminmax(lengths))
+        if low < 0 or high > steps:
+            raise ValueError(f"{name}: lengths must be in 0..T with T={steps}, got {low}..{high}")
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether the values of a tensor are at hand, and looking at them is not a part of a trace."""
+    # On an accelerator looking would stop the host until the device has caught up.
+    return not (
+        tensor.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or transformed()
+    )
 
 
 def _check_resets(call: _Call, resets: Tensor) -> None:

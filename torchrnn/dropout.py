@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from torchrnn._native import DTYPES
-from torchrnn.checks import transformed
+from torchrnn.differentiable import loop_over_batch
 
 _LIBRARY = torch.library.Library("torchrnn", "FRAGMENT")
 _LIBRARY.define("dropout(Tensor x, Tensor seed, float keep) -> Tensor")
@@ -49,8 +49,6 @@ def dropout(x: Tensor, keep: float, generator: torch.Generator | None = None) ->
     device = x.device if generator is None else generator.device
     bounds = torch.iinfo(torch.int64)
     seed = torch.randint(bounds.min, bounds.max, (), generator=generator, device=device).to(x.device)
-    if transformed():
-        return _reference(x, seed, keep)
     result: Tensor = torch.ops.torchrnn.dropout(x, seed, keep)
     return result
 
@@ -124,3 +122,5 @@ def _autograd(keyset: Any, x: Tensor, seed: Tensor, keep: float) -> Any:
 _LIBRARY.impl("dropout", _reference, "CompositeExplicitAutograd")
 torch.library.register_fake("torchrnn::dropout", _fake, lib=_LIBRARY)
 _LIBRARY.impl("dropout", _autograd, "Autograd", with_keyset=True)
+_LIBRARY.impl("dropout", _reference, "FuncTorchDynamicLayerFrontMode")
+_LIBRARY.impl("dropout", loop_over_batch(torch.ops.torchrnn.dropout.default), "Batched")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 
@@ -17,14 +18,16 @@ class Cell(NamedTuple):
     """Values per hidden unit and step that a kernel keeps for the backward pass."""
     memory: bool
     """Whether the state has a memory ``c`` beside the output ``h``."""
+    keeps_output: bool
+    """Whether ``h`` is on the tape too, so that backward needs no outputs."""
 
 
 CELLS = {
-    "lstm": Cell(0, gates=4, tape=5, memory=True),
-    "gru": Cell(1, gates=3, tape=4, memory=False),
-    "gru_reset_before": Cell(2, gates=3, tape=3, memory=False),
-    "rnn": Cell(3, gates=1, tape=1, memory=False),
-    "lstm_coupled": Cell(4, gates=3, tape=4, memory=True),
+    "lstm": Cell(0, gates=4, tape=5, memory=True, keeps_output=False),
+    "gru": Cell(1, gates=3, tape=5, memory=False, keeps_output=True),
+    "gru_reset_before": Cell(2, gates=3, tape=4, memory=False, keeps_output=True),
+    "rnn": Cell(3, gates=1, tape=1, memory=False, keeps_output=True),
+    "lstm_coupled": Cell(4, gates=3, tape=4, memory=True, keeps_output=False),
 }
 
 ACTIVATIONS = {"tanh": 0, "relu": 1, "sigmoid": 2, "identity": 3}
@@ -55,6 +58,11 @@ class Options:
     proj_clip: float | None = None
     norm_eps: float = 1e-5
     reverse: bool = False
+
+    @cached_property
+    def codes(self) -> tuple[int, int]:
+        """Cell and activation as the ops have them."""
+        return CELLS[self.cell].code, ACTIVATIONS[self.activation]
 
     def __post_init__(self) -> None:
         """Refuses what no path can run."""

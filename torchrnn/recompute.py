@@ -7,66 +7,72 @@ arXiv:1604.06174).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchrnn import ops
-from torchrnn.checks import transformed
+from torchrnn.differentiable import transformed
 from torchrnn.options import CELLS, Options
-from torchrnn.packing import PackedWeights
 from torchrnn.reference import Arguments
 
 CHUNK_ROWS = 1024
 """Rows (T*B) computed again at a time: enough for large products, and little beside a long sequence."""
 
 
-def layer(
-    a: Arguments, options: Options, packed: PackedWeights | None = None
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+def layer(a: Arguments, options: Options) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Does what ``ops.layer`` does; gradients cost one more forward pass and a fraction of the memory.
 
-    A second derivative keeps everything, as ``ops.layer`` does; so does a call under a transform or compiler.
+    A second derivative keeps everything, as ``ops.layer`` does; so does a call under a transform, tracer or
+    compiler.
     """
-    if not torch.is_grad_enabled() or transformed() or torch.compiler.is_compiling():
-        return ops.layer(a, options, packed=packed)
+    if (
+        not torch.is_grad_enabled()
+        or transformed()
+        or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+    ):
+        return ops.layer(a, options)
     a = ops.checked(a, options)
     # Of the variations only peepholes and activations are known below.
     varied = a.norm_gain or a[13:] != (None,) * 4 or (options.cell_clip, options.proj_clip) != (None, None)
-    if varied or ops.reference_only(a, options) or not ops.requires_grad(a):
+    variables = a.differentiable
+    if varied or not any(variable.requires_grad for variable in variables):
         return ops.layer(a, options)
-    variables = ops.differentiable(a)
     apply = _Recomputed.apply  # torch leaves it without annotations.
     y, h_n, c_n = apply(a, options, *variables)  # type: ignore[no-untyped-call]
     return y, None, h_n, c_n
 
 
 class _Recomputed(torch.autograd.Function):
-    """``variables`` are the tensors in ``a`` that have a gradient, as ``ops.differentiable`` orders them."""
+    """``variables`` are the tensors in ``a`` that have a gradient."""
 
     @staticmethod
     def forward(
         ctx: Any, a: Arguments, options: Options, *variables: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, c_all, h_n, c_n = torch.ops.torchrnn.layer_infer(
-            *a, *ops.scalars(options, a.x), CELLS[options.cell].memory
-        )
+        y, c_all, h_n, c_n = ops.LAYER(*ops.flat(a, options, CELLS[options.cell].memory))
         chunk = max(1, -(-CHUNK_ROWS // max(1, a.x.size(1))))
         directions = [_Direction(a, options, d, chunk) for d in range(len(a.weight_hh))]
         states = [state for one in directions for state in one.first_states(y, c_all)]
-        ctx.save_for_backward(*variables, *states)
-        ctx.rest, ctx.options, ctx.chunk = a[11:], options, chunk
-        # All else in a is in variables; here only which places it has.
+        ctx.options, ctx.chunk = options, chunk
+        # Every tensor is saved, none kept aside: autograd notices then that one was written to meanwhile.
+        sequences = [tensor for tensor in (a.lengths, a.resets) if tensor is not None]
+        ctx.save_for_backward(*variables, *sequences, *states)
         ctx.layout = [len(tensors) for tensors in a.lists], a.h0 is not None, a.c0 is not None
+        ctx.sequences = a.lengths is not None, a.resets is not None
         ctx.set_materialize_grads(False)
         return y, h_n, c_n
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None) -> tuple[Any, ...]:
-        count = len(ctx.needs_input_grad) - 2
-        variables, states = ctx.saved_tensors[:count], iter(ctx.saved_tensors[count:])
-        a = _filled(ctx.layout, variables, ctx.rest)
+        # Unpacked once: what stands behind a saved tensor may give it only once.
+        saved, count = ctx.saved_tensors, len(ctx.needs_input_grad) - 2
+        variables, rest = saved[:count], iter(saved[count:])
+        lengths, resets = (next(rest) if there else None for there in ctx.sequences)
+        a = _filled(ctx.layout, variables, lengths, resets)
         if torch.is_grad_enabled():  # For a second derivative.
             return None, None, *_differentiable_again(a, ctx.options, variables, (dy, dh_n, dc_n))
         memory = CELLS[ctx.options.cell].memory
@@ -74,26 +80,31 @@ class _Recomputed(torch.autograd.Function):
         for d in range(len(a.weight_hh)):
             one = _Direction(a, ctx.options, d, ctx.chunk)
             part = one.backward(
-                [(next(states), next(states) if memory else None) for _ in one.chunks],
+                [(next(rest), next(rest) if memory else None) for _ in one.chunks],
                 None if dy is None else dy.unflatten(2, (len(a.weight_hh), -1))[:, :, d],
                 None if dh_n is None else dh_n[d : d + 1],
                 None if dc_n is None or not memory else dc_n[d : d + 1],
-                need_dx=ctx.needs_input_grad[2],
+                need_x=ctx.needs_input_grad[2],
             )
             grads = part if grads is None else _joined(grads, part)
         assert grads is not None
-        return None, None, *ops.differentiable(grads)
+        wanted = zip(grads.differentiable, ctx.needs_input_grad[2:], strict=True)
+        return None, None, *(grad if need else None for grad, need in wanted)
 
 
 def _filled(
-    layout: tuple[list[int], bool, bool], variables: tuple[Tensor, ...], rest: tuple[Any, ...]
+    layout: tuple[list[int], bool, bool],
+    variables: Sequence[Tensor],
+    lengths: Tensor | None,
+    resets: Tensor | None,
 ) -> Arguments:
     """Puts the variables back into the places that they had."""
     it = iter(variables)
     x = next(it)
     counts, *states = layout
     lists = [[next(it) for _ in range(count)] for count in counts]
-    return Arguments._make([x, *lists, *(next(it) if there else None for there in states), *rest])
+    h0, c0 = (next(it) if there else None for there in states)
+    return Arguments._make([x, *lists, h0, c0, lengths, resets, *[None] * 4])
 
 
 def _joined(a: Arguments, b: Arguments) -> Arguments:
@@ -101,7 +112,7 @@ def _joined(a: Arguments, b: Arguments) -> Arguments:
     both = [x + y for x, y in zip(a.lists, b.lists, strict=True)]
     pairs = ((a.h0, b.h0), (a.c0, b.c0))
     h0, c0 = (None if x is None or y is None else torch.cat((x, y)) for x, y in pairs)
-    return Arguments._make([a.x.add_(b.x), *both, h0, c0, *a[11:]])
+    return Arguments._make([a.x + b.x, *both, h0, c0, *a[11:]])
 
 
 def _differentiable_again(
@@ -169,35 +180,35 @@ class _Direction:
         dh: Tensor | None,
         dc: Tensor | None,
         *,
-        need_dx: bool,
+        need_x: bool,
     ) -> Arguments:
         """Returns the gradients by this direction's arguments, chunk by chunk from the last to the first."""
-        a, total = self.a, None
-        dx = a.x.new_empty(a.x.shape if need_dx else 0)
-        scalars = ops.scalars(self.options, a.x)
+        a = self.a
+        dx: list[Tensor] = []
+        total: list[Tensor] = []
         for (begin, end), state in zip(self.chunks[::-1], states[::-1], strict=True):
             keeps = self.keeps(end)
-            h0, c0 = (s if s is None or keeps is None else s * keeps for s in state)
+            h0, c0 = (_where(keeps, s) for s in state)
             lengths = None if a.lengths is None else (a.lengths - begin).clamp(0, end - begin)
             resets = None if a.resets is None else a.resets[begin:end]
             part = a._replace(x=a.x[begin:end], h0=h0, c0=c0, lengths=lengths, resets=resets)
-            y, _, _, _, tape = torch.ops.torchrnn.layer(*part, *scalars, False)
+            flat = ops.flat(part, self.options)
+            y, *_, tape = ops.LAYER.train_op(*flat)
             here = None if dy is None else dy[begin:end]
-            dpart, dh, dc, dweights = torch.ops.torchrnn.layer_backward(
-                here, None, dh, dc, *part, *scalars, y, tape, need_dx, True, True
+            dpart, dweights, dh, dc = ops.LAYER.backward_op(
+                here, None, dh, dc, *flat, y, tape, need_x, True, True, c0 is not None
             )
-            if need_dx:
-                dx[begin:end] = dpart
-            if keeps is not None:
-                dh, dc = dh * keeps, dc * keeps if c0 is not None else dc
-            dc = None if c0 is None else dc
-            if total is None:
-                total = dweights
-            else:
-                torch._foreach_add_(total, dweights)
-        assert total is not None
-        it = iter(total)
+            dx.append(dpart)
+            dh, dc = _where(keeps, dh), None if c0 is None else _where(keeps, dc)
+            total = [t.add_(d) for t, d in zip(total, dweights, strict=True)] if total else dweights
+        x = torch.cat(dx if self.reverse else dx[::-1]) if need_x else a.x.new_empty(0)
+        it = iter(total)  # One direction, so the weights are in the order of the lists.
         lists = [[next(it) for _ in tensors] for tensors in a.lists]
         return Arguments._make(
-            [dx, *lists, None if a.h0 is None else dh, None if a.c0 is None else dc, *a[11:]]
+            [x, *lists, None if a.h0 is None else dh, None if a.c0 is None else dc, *a[11:]]
         )
+
+
+def _where(keeps: Tensor | None, state: Tensor | None) -> Tensor | None:
+    """Returns a state with zeros where it is not kept: a product would carry over what is not finite."""
+    return state if keeps is None or state is None else torch.where(keeps, state, 0)

@@ -27,10 +27,16 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+PARTS = (
+    "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "peephole", "norm_gain", "norm_shift",
+)  # fmt: skip
+"""What a direction is made of, in the order of ``Arguments`` and of the op's ``weights``."""
+
+
 class Arguments(NamedTuple):
     """All tensors of a layer call. A list has one entry per direction; an empty list or None means absent.
 
-    The order is that of the ops' schemas. Sizes are the letters of the module's docstring.
+    Sizes are the letters of the module's docstring.
     """
 
     x: Tensor
@@ -43,13 +49,13 @@ class Arguments(NamedTuple):
     """[G*H]"""
     bias_hh: list[Tensor]
     """[G*H]"""
-    weight_hr: list[Tensor]
+    weight_hr: list[Tensor] = []  # noqa: RUF012  Read only, as all here.
     """[P, H], the projection."""
-    peephole: list[Tensor]
+    peephole: list[Tensor] = []  # noqa: RUF012
     """[3, H]: rows i, f (on the old c) and o (on the new c); lstm_coupled has no i and ignores the first."""
-    norm_gain: list[Tensor]
+    norm_gain: list[Tensor] = []  # noqa: RUF012
     """[G+1, H]: one row per gate, the last for c."""
-    norm_shift: list[Tensor]
+    norm_shift: list[Tensor] = []  # noqa: RUF012
     """[G+1, H]"""
     h0: Tensor | None = None
     """[D, B, R]; None is zeros."""
@@ -71,16 +77,13 @@ class Arguments(NamedTuple):
     @property
     def lists(self) -> tuple[list[Tensor], ...]:
         """The list arguments, weight_ih to norm_shift."""
-        return (
-            self.weight_ih,
-            self.weight_hh,
-            self.bias_ih,
-            self.bias_hh,
-            self.weight_hr,
-            self.peephole,
-            self.norm_gain,
-            self.norm_shift,
-        )
+        return self[1:9]
+
+    @property
+    def differentiable(self) -> list[Tensor]:
+        """The tensors that kernels have a gradient for."""
+        states = [state for state in (self.h0, self.c0) if state is not None]
+        return [self.x, *(tensor for tensors in self.lists for tensor in tensors), *states]
 
 
 @dataclass(frozen=True)

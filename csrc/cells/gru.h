@@ -10,9 +10,10 @@ inline namespace RNN_ISA {
 template <typename T>
 struct Gru {
   static constexpr int kGates = 3;  // r, z, n: the row blocks of weight_ih and weight_hh
-  static constexpr int kTape =
-      4;  // r, z, n after their activation, and rhn = (R h + b_hh)_n before the reset
+  // r, z, n after their activation, rhn = (R h + b_hh)_n before the reset, and the new h.
+  static constexpr int kTape = 5;
   static constexpr int kMemory = -1;
+  static constexpr int kOutput = 4;
   static constexpr int kHalves = 1;
   static constexpr int kHiddenBias = 2;
   static constexpr bool kReadsH = true;
@@ -28,8 +29,9 @@ struct Gru {
     const T r = sigmoid(wx[0] + rh[0]);
     const T z = sigmoid(wx[1] + rh[1]);
     const T n = policy.activate(wx[2] + r * rh[2]);
-    tape[0] = r, tape[1] = z, tape[2] = n, tape[3] = rh[2];
-    return {n + z * (prev.h - n), prev.c};
+    const T h = n + z * (prev.h - n);
+    tape[0] = r, tape[1] = z, tape[2] = n, tape[3] = rh[2], tape[4] = h;
+    return {h, prev.c};
   }
 
   template <typename Policy>
@@ -51,8 +53,9 @@ struct Gru {
 template <typename T>
 struct GruResetBefore {
   static constexpr int kGates = 3;  // r, z, n
-  static constexpr int kTape = 3;   // r, z, n after their activation
+  static constexpr int kTape = 4;   // r, z, n after their activation, and the new h
   static constexpr int kMemory = -1;
+  static constexpr int kOutput = 3;
   static constexpr int kHalves = 2;
   static constexpr int kHiddenBias = -1;
   static constexpr bool kReadsH = true;

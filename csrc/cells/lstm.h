@@ -11,6 +11,7 @@ struct Lstm {
   static constexpr int kGates = 4;        // i, f, g, o: the row blocks of weight_ih and weight_hh
   static constexpr int kTape = 5;         // i, f, g, o after their activation, and the new c
   static constexpr int kMemory = 4;       // where in the tape the new c is; -1 for a cell without c
+  static constexpr int kOutput = -1;      // where in the tape the new h is; -1 if backward reads it from y
   static constexpr int kHalves = 1;       // recurrent products that wait for each other
   static constexpr int kHiddenBias = -1;  // gate whose b_hh is added to rh, not to wx; -1 for none
   static constexpr bool kReadsH = false;  // whether the maths reads the previous h other than through R
@@ -71,6 +72,7 @@ struct LstmCoupled {
   static constexpr int kGates = 3;  // f, g, o
   static constexpr int kTape = 4;   // f, g, o after their activation, and the new c
   static constexpr int kMemory = 3;
+  static constexpr int kOutput = -1;
   static constexpr int kHalves = 1;
   static constexpr int kHiddenBias = -1;
   static constexpr bool kReadsH = false;

@@ -11,6 +11,7 @@ struct Rnn {
   static constexpr int kGates = 1;
   static constexpr int kTape = 1;  // the new h
   static constexpr int kMemory = -1;
+  static constexpr int kOutput = 0;
   static constexpr int kHalves = 1;
   static constexpr int kHiddenBias = -1;
   static constexpr bool kReadsH = false;

@@ -31,9 +31,9 @@ struct BackwardRow {
   // With masks only; null where there is none.
   const T* mask_h;       // [R], of this step
   const T* mask_c;       // [H], of this step
-  const T* mask_h_prev;  // [R], of the previous step: h_prev is y times it
+  const T* mask_h_prev;  // [R], of the previous step: h_prev is the output times it
   const T* mask_c_prev;  // [H]
-  const T* y_prev;       // [R]
+  const T* y_prev;       // [R], the previous output
   // With layer normalisation only.
   T* dh_cell;  // [H], the gradient by the cell's output
   T* dnorm;    // [5*H], the gradients by the normalised sums and c
@@ -84,11 +84,12 @@ struct Backward {
   bool has_second() const { return kTwoHalves || p.projected; }
   bool needs_weights() const { return q.dweights[0].weight_ih != nullptr; }
   int64_t at(int64_t t, int64_t b) const { return t * p.batch + b; }
-  const T* y(int d, int64_t t, int64_t b) const {
-    return p.y + at(t, b) * p.directions * p.outputs + d * p.outputs;
-  }
   const T* tape(int d, int64_t t, int64_t b) const {
     return p.tape + (d * p.steps * p.batch + at(t, b)) * tape_size<C>(p);
+  }
+  const T* output(int d, int64_t t, int64_t b) const {
+    if (C::kOutput >= 0) return tape(d, t, b) + C::kOutput * p.hidden;
+    return p.y + at(t, b) * p.directions * p.outputs + d * p.outputs;
   }
 
   int64_t slot(int64_t s, int64_t b) const { return s % (chunk + 1) * p.batch + b; }
@@ -344,7 +345,7 @@ struct Backward {
         left[i] = recurrent_row(b, s + 1);
         row.cut = state.rows.cut(b, s, back);
         row.tape = f.tape(d, t, b);
-        row.h_prev = row.cut ? f.zeros : s > 0 ? f.y(d, t_prev, b) : f.initial(p.h0, d, b, p.outputs);
+        row.h_prev = row.cut ? f.zeros : s > 0 ? f.output(d, t_prev, b) : f.initial(p.h0, d, b, p.outputs);
         if (C::kMemory >= 0)
           row.c_prev = row.cut ? f.zeros
                        : s > 0 ? f.tape(d, t_prev, b) + C::kMemory * p.hidden

@@ -16,7 +16,7 @@ template <typename T>
 Tensor dropped(const Tensor& x, const Tensor& seed, double keep) {
   Widened<T> wide(wide_type(x));
   DropoutParams<T> p{};
-  p.threshold = dropout_threshold(seed, keep);
+  p.threshold = dropout_threshold(x, seed, keep);
   p.count = x.numel();
   if (p.count == 0) return torch::stable::new_empty(x, x.sizes());
   // Other dtypes are spread out all the same, as conversion does not keep the strides of 0.

@@ -143,7 +143,7 @@ struct Forward {
     T* zeros = arena.template get<T>(widest);
     // The part of the input projection that is ahead of the scan should still be in L2 when it is used, but
     // have rows enough to use each weight that it reads several times.
-    const int64_t chunk_rows = max64(96, (512 * 1024) / (G * p.hidden * int64_t(sizeof(T))));
+    const int64_t chunk_rows = max64(96, (512 * 1024) / max64(1, G * p.hidden * int64_t(sizeof(T))));
     const bool packs = p.packed != nullptr || p.steps * p.batch >= kPackFrom;
     const T* packed = p.packed;
     for (int d = 0; d < p.directions; ++d) {
@@ -510,7 +510,9 @@ struct Forward {
         const V h = C::output(V::load(update + unit, m), n, V::load(left[i] + unit, m));
         h.store(row.y + unit, m);
         carry(row, h, unit, m);
-        if (row.tape != nullptr) n.store(row.tape + 2 * p.hidden + unit, m);
+        if (row.tape == nullptr) return;
+        n.store(row.tape + 2 * p.hidden + unit, m);
+        h.store(row.tape + C::kOutput * p.hidden + unit, m);
       } else {
         const StepRow<T>& row = step[i];
         if (kVaried && __builtin_isfinite(p.proj_clip)) {
@@ -531,7 +533,7 @@ struct Forward {
                         : p.h0 != nullptr ? p.h0 + (d * p.batch + b) * p.outputs
                                           : state.zeros;
         T* h_n = p.h_n + (d * p.batch + b) * p.outputs;
-        memcpy(h_n, last, p.outputs * sizeof(T));
+        if (h_n != last) memcpy(h_n, last, p.outputs * sizeof(T));  // A step of a cell has no y apart.
         if (kVaried && p.mask_h != nullptr && length > 0) {
           const T* mask = f.mask_h(d, state.rows.time(b, length - 1, back), b);
           for (int64_t k = 0; k < p.outputs; ++k) h_n[k] *= mask[k];

@@ -47,26 +47,22 @@ void set_sequences(LayerParams<T>& p, Widened<T>& wide, const MaybeTensor& lengt
 }
 
 template <typename T>
-LayerParams<T> layer_params(const Arguments& a, Widened<T>& wide) {
+LayerParams<T> layer_params(const Arguments& a, const Sizes& sizes, Widened<T>& wide) {
   LayerParams<T> p{};
   p.cell = Cell(a.cell);
   p.activation = Activation(a.activation);
-  const Sizes sizes = checked_sizes(a);
   p.steps = sizes.steps, p.batch = sizes.batch, p.inputs = sizes.inputs;
   p.hidden = sizes.hidden, p.outputs = sizes.outputs, p.directions = sizes.directions;
   p.reverse = a.reverse;
-  p.projected = !a.weight_hr.empty();
+  p.projected = a.parts.projection;
 
   const Tensor x = wide.rows(a.x);
   p.x = x.template const_data_ptr<T>();
   p.x_stride_t = x.stride(0), p.x_stride_b = x.stride(1);
-  for (int64_t d = 0; d < p.directions; ++d) {
-    auto& w = p.weights[d];
-    w.weight_ih = wide.dense(a.weight_ih, d), w.weight_hh = wide.dense(a.weight_hh, d);
-    w.bias_ih = wide.dense(a.bias_ih, d), w.bias_hh = wide.dense(a.bias_hh, d);
-    w.weight_hr = wide.dense(a.weight_hr, d), w.peephole = wide.dense(a.peephole, d);
-    w.norm_gain = wide.dense(a.norm_gain, d), w.norm_shift = wide.dense(a.norm_shift, d);
-  }
+  size_t at = 0;
+  for (int64_t d = 0; d < p.directions; ++d)
+    for (const Part part : kAllParts)
+      if (a.parts.has(part)) p.weights[d].*kPartFields<const T>[int(part)] = wide.dense(a.weights[at++]);
   p.h0 = wide.dense(a.h0), p.c0 = wide.dense(a.c0);
   set_sequences(p, wide, a.lengths, a.resets);
 
@@ -78,23 +74,31 @@ LayerParams<T> layer_params(const Arguments& a, Widened<T>& wide) {
   return p;
 }
 
+template <typename T>
+void run_forward(const LayerParams<T>& p, int64_t gates) {
+  if constexpr (sizeof(T) == sizeof(float))
+    kernels().forward_f32(p, team_size(p, gates), run_team);
+  else
+    kernels().forward_f64(p, team_size(p, gates), run_team);
+}
+
 // Ops
 // ---------------------------------------------------------------------------------------------------------------
 
 struct LayerOutput { Tensor y, c_all, h_n, c_n, tape; };
 
 template <typename T>
-LayerOutput forward(const Arguments& a, bool all_states, bool training) {
+LayerOutput forward(const Arguments& a, bool training) {
   const ScalarType dtype = a.x.scalar_type(), wide_dtype = wide_type(a.x);
   Widened<T> wide(wide_dtype);
-  LayerParams<T> p = layer_params<T>(a, wide);
+  LayerParams<T> p = layer_params<T>(a, checked_sizes(a), wide);
   const CellInfo info = cell_info(a.cell);
   const auto maybe = [&](bool wanted, std::initializer_list<int64_t> shape) {
     return wanted ? empty(shape, wide_dtype) : empty({0}, wide_dtype);
   };
   LayerOutput out{
       empty({p.steps, p.batch, p.directions * p.outputs}, wide_dtype),
-      maybe(all_states && info.memory, {p.steps, p.batch, p.directions * p.hidden}),
+      maybe(info.memory && a.all_states, {p.steps, p.batch, p.directions * p.hidden}),
       empty({p.directions, p.batch, p.outputs}, wide_dtype),
       maybe(info.memory, {p.directions, p.batch, p.hidden}),
       maybe(training, {p.directions, p.steps, p.batch, tape_size(a, p)}),
@@ -102,19 +106,15 @@ LayerOutput forward(const Arguments& a, bool all_states, bool training) {
   p.y = out.y.template mutable_data_ptr<T>();
   p.h_n = out.h_n.template mutable_data_ptr<T>();
   if (info.memory) p.c_n = out.c_n.template mutable_data_ptr<T>();
-  if (info.memory && all_states) p.c_all = out.c_all.template mutable_data_ptr<T>();
+  if (info.memory && a.all_states) p.c_all = out.c_all.template mutable_data_ptr<T>();
   if (training) p.tape = out.tape.template mutable_data_ptr<T>();
-  if constexpr (sizeof(T) == sizeof(float))
-    kernels().forward_f32(p, team_size(p, info.gates), run_team);
-  else
-    kernels().forward_f64(p, team_size(p, info.gates), run_team);
+  run_forward(p, info.gates);
   return {rounded(out.y, dtype), rounded(out.c_all, dtype), rounded(out.h_n, dtype), rounded(out.c_n, dtype),
           out.tape};
 }
 
-LayerOutput forward(const Arguments& a, bool all_states, bool training) {
-  return wide_type(a.x) == ScalarType::Double ? forward<double>(a, all_states, training)
-                                              : forward<float>(a, all_states, training);
+LayerOutput forward(const Arguments& a, bool training) {
+  return wide_type(a.x) == ScalarType::Double ? forward<double>(a, training) : forward<float>(a, training);
 }
 
 // Packed weights
@@ -124,7 +124,7 @@ LayerOutput forward(const Arguments& a, bool all_states, bool training) {
 constexpr int64_t kHeader = 16;
 
 template <typename T>
-void packed_header(const LayerParams<T>& p, T (&header)[kHeader]) {
+void packed_header(const LayerParams<T>& p, T* header) {
   const int64_t values[kHeader] = {active_isa.load(), int64_t(p.cell), p.directions, p.inputs,
                                    p.hidden,          p.outputs,       p.projected};
   for (int64_t i = 0; i < kHeader; ++i) header[i] = T(values[i]);
@@ -139,53 +139,25 @@ int64_t run_pack(const LayerParams<T>& p, T* out) {
 }
 
 template <typename T>
-Tensor pack(const Tensors& weight_ih, const Tensors& weight_hh, const Tensors& bias_ih,
-            const Tensors& bias_hh, const Tensors& weight_hr, int64_t cell) {
-  const ScalarType dtype = wide_type(weight_hh.at(0));
+Tensor pack(const Tensors& weights, int64_t cell, Parts parts) {
+  const Tensor& first = weights[0];  // weight_ih
+  STD_TORCH_CHECK(first.dim() == 2, "weight_ih must be [G*H, I]");
+  const ScalarType dtype = wide_type(first);
   Widened<T> wide(dtype);
-  const Tensor x = empty({0, 0, weight_ih.at(0).size(1)}, dtype);
-  const Tensors none;
-  const MaybeTensor absent;
-  const LayerParams<T> p = layer_params<T>({x,
-                                            weight_ih,
-                                            weight_hh,
-                                            bias_ih,
-                                            bias_hh,
-                                            weight_hr,
-                                            none,
-                                            none,
-                                            none,
-                                            absent,
-                                            absent,
-                                            absent,
-                                            absent,
-                                            absent,
-                                            absent,
-                                            absent,
-                                            absent,
-                                            cell,
-                                            int64_t(Activation::kTanh),
-                                            std::nullopt,
-                                            std::nullopt,
-                                            0.0,
-                                            false,
-                                            false,
-                                            0},
-                                           wide);
+  const Tensor x = torch::stable::new_empty(first, {1, 0, first.size(1)});
+  const Arguments a{.x = x, .weights = weights, .cell = cell, .parts = parts};  // Of no rows.
+  const LayerParams<T> p = layer_params<T>(a, checked_sizes(a), wide);
   const Tensor packed = empty({kHeader + run_pack<T>(p, nullptr)}, dtype);
   T* out = packed.template mutable_data_ptr<T>();
-  T header[kHeader];
-  packed_header(p, header);
-  std::copy(header, header + kHeader, out);
+  packed_header(p, out);
   run_pack<T>(p, out + kHeader);
   return packed;
 }
 
-Tensor pack_weights(const Tensors& weight_ih, const Tensors& weight_hh, const Tensors& bias_ih,
-                    const Tensors& bias_hh, const Tensors& weight_hr, int64_t cell) {
-  return wide_type(weight_hh.at(0)) == ScalarType::Double
-             ? pack<double>(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, cell)
-             : pack<float>(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, cell);
+Tensor pack_weights(const Tensors& weights, int64_t cell, bool bias, bool projection) {
+  STD_TORCH_CHECK(!weights.empty(), "weights must not be empty");
+  const auto run = wide_type(weights[0]) == ScalarType::Double ? pack<double> : pack<float>;
+  return run(weights, cell, {bias, projection, false, false});
 }
 
 struct PackedSizes { int64_t hidden, outputs, directions; };
@@ -195,35 +167,48 @@ std::tuple<Tensor, Tensor, Tensor> forward_packed(const Tensor& x, const Tensor&
                                                   const MaybeTensor& h0, const MaybeTensor& c0,
                                                   const MaybeTensor& lengths, const MaybeTensor& resets,
                                                   Cell cell, Activation activation, PackedSizes sizes,
-                                                  bool projected, bool reverse) {
+                                                  bool projection, bool reverse) {
   const ScalarType dtype = x.scalar_type(), wide_dtype = wide_type(x);
-  Widened<T> wide(wide_dtype);
-  LayerParams<T> p{};
   const CellInfo info = cell_info(int64_t(cell));
+  check_floating("x", x);
+  check_memory("x", x);
+  STD_TORCH_CHECK(x.dim() == 3 && x.size(0) >= 1, "x must be [T, B, I] with at least 1 step");
+  STD_TORCH_CHECK(sizes.directions >= 1 && sizes.directions <= kMaxDirections && sizes.hidden >= 0 &&
+                      sizes.outputs >= 0 && (projection || sizes.hidden == sizes.outputs) &&
+                      (info.memory || !projection),
+                  "sizes that no layer has");
+  check_activation(int64_t(activation));
+  STD_TORCH_CHECK(info.memory || !c0.has_value(), "c0 is for cells with memory");
+  LayerParams<T> p{};
   p.cell = cell, p.activation = activation;
   p.directions = sizes.directions, p.hidden = sizes.hidden, p.outputs = sizes.outputs;
-  STD_TORCH_CHECK(p.directions >= 1 && p.directions <= kMaxDirections, "1 or 2 directions are needed");
   p.steps = x.size(0), p.batch = x.size(1), p.inputs = x.size(2);
-  p.reverse = reverse, p.projected = projected;
+  p.reverse = reverse, p.projected = projection;
+  const Kind kind(x);
+  check_maybe("h0", h0, {p.directions, p.batch, p.outputs}, kind);
+  check_maybe("c0", c0, {p.directions, p.batch, p.hidden}, kind);
+  if (lengths.has_value()) check_lengths(*lengths, p.batch, kind);
+  if (resets.has_value()) check_resets(*resets, p.steps, p.batch, kind);
+  p.cell_clip = p.proj_clip = std::numeric_limits<T>::infinity();
+
+  T header[kHeader];
+  packed_header(p, header);
+  const int64_t size = kHeader + run_pack<T>(p, nullptr);
+  STD_TORCH_CHECK(packed.scalar_type() == wide_dtype && packed.is_contiguous() && packed.dim() == 1 &&
+                      packed.size(0) == size,
+                  "weights were packed for another layer, dtype or instruction set");
+  check_device("packed", packed, kind);
+  const T* data = packed.template const_data_ptr<T>();
+  STD_TORCH_CHECK(std::equal(header, header + kHeader, data),
+                  "weights were packed for another layer, dtype or instruction set");
+  p.packed = data + kHeader;
+
+  Widened<T> wide(wide_dtype);
   const Tensor rows = wide.rows(x);
   p.x = rows.template const_data_ptr<T>();
   p.x_stride_t = rows.stride(0), p.x_stride_b = rows.stride(1);
-  if (h0.has_value()) RNN_CHECK_SHAPE(*h0, p.directions, p.batch, p.outputs);
-  if (c0.has_value()) RNN_CHECK_SHAPE(*c0, p.directions, p.batch, p.hidden);
-  check_sequences(lengths, resets, p.steps, p.batch);
   p.h0 = wide.dense(h0), p.c0 = wide.dense(c0);
   set_sequences(p, wide, lengths, resets);
-  p.cell_clip = p.proj_clip = std::numeric_limits<T>::infinity();
-
-  STD_TORCH_CHECK(packed.scalar_type() == wide_dtype && packed.is_contiguous(),
-                  "packed weights of another dtype");
-  T header[kHeader];
-  packed_header(p, header);
-  const T* data = packed.template const_data_ptr<T>();
-  STD_TORCH_CHECK(
-      packed.size(0) == kHeader + run_pack<T>(p, nullptr) && std::equal(header, header + kHeader, data),
-      "weights were packed for another layer or instruction set");
-  p.packed = data + kHeader;
 
   const Tensor y = empty({p.steps, p.batch, p.directions * p.outputs}, wide_dtype);
   const Tensor h_n = empty({p.directions, p.batch, p.outputs}, wide_dtype);
@@ -231,10 +216,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_packed(const Tensor& x, const Tensor&
       info.memory ? empty({p.directions, p.batch, p.hidden}, wide_dtype) : empty({0}, wide_dtype);
   p.y = y.template mutable_data_ptr<T>(), p.h_n = h_n.template mutable_data_ptr<T>();
   if (info.memory) p.c_n = c_n.template mutable_data_ptr<T>();
-  if constexpr (sizeof(T) == sizeof(float))
-    kernels().forward_f32(p, team_size(p, info.gates), run_team);
-  else
-    kernels().forward_f64(p, team_size(p, info.gates), run_team);
+  run_forward(p, info.gates);
   return {rounded(y, dtype), rounded(h_n, dtype), rounded(c_n, dtype)};
 }
 
@@ -242,10 +224,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_packed(const Tensor& x, const Tensor& p
                                                 const MaybeTensor& c0, const MaybeTensor& lengths,
                                                 const MaybeTensor& resets, int64_t cell, int64_t activation,
                                                 int64_t hidden, int64_t outputs, int64_t directions,
-                                                bool projected, bool reverse) {
+                                                bool projection, bool reverse) {
   const auto run = wide_type(x) == ScalarType::Double ? forward_packed<double> : forward_packed<float>;
   return run(x, packed, h0, c0, lengths, resets, Cell(cell), Activation(activation),
-             {hidden, outputs, directions}, projected, reverse);
+             {hidden, outputs, directions}, projection, reverse);
 }
 
 struct LayerGradient {
@@ -253,59 +235,49 @@ struct LayerGradient {
   Tensors dweights;
 };
 
-struct Needs { bool dx, dstate, dweights; };
+struct Needs { bool x, weights, h0, c0; };
 
 template <typename T>
 LayerGradient backward(const MaybeTensor& dy, const MaybeTensor& dc_all, const MaybeTensor& dh_n,
-                       const MaybeTensor& dc_n, const Arguments& a, const Tensor& y, const Tensor& tape,
+                       const MaybeTensor& dc_n, const Arguments& a, const MaybeTensor& y, const Tensor& tape,
                        Needs needs) {
   const ScalarType dtype = a.x.scalar_type(), wide_dtype = wide_type(a.x);
+  const CellInfo info = cell_info(a.cell);
+  const Sizes sizes = checked_sizes(a);
+  check_gradients(a, sizes, dy, dc_all, dh_n, dc_n);
   Widened<T> wide(wide_dtype);
   BackwardParams<T> q{};
-  q.layer = layer_params<T>(a, wide);
+  q.layer = layer_params<T>(a, sizes, wide);
   LayerParams<T>& p = q.layer;
-  const CellInfo info = cell_info(a.cell);
-  RNN_CHECK_SHAPE(y, p.steps, p.batch, p.directions * p.outputs);
-  RNN_CHECK_SHAPE(tape, p.directions, p.steps, p.batch, tape_size(a, p));
+  check_kept(a, sizes, y, tape, tape_size(a, p), wide_dtype);
   // The struct has no const for the outputs of forward, which are only read here.
-  p.y = const_cast<T*>(wide.dense(y));
+  p.y = const_cast<T*>(info.keeps_output ? nullptr : wide.dense(y));
   p.tape = const_cast<T*>(wide.dense(tape));
   if (dy.has_value()) {
-    RNN_CHECK_SHAPE(*dy, p.steps, p.batch, p.directions * p.outputs);
     const Tensor rows = wide.rows(*dy);
     q.dy = rows.template const_data_ptr<T>();
     q.dy_stride_t = rows.stride(0), q.dy_stride_b = rows.stride(1);
   }
-  q.dc_all = wide.dense(dc_all), q.dh_n = wide.dense(dh_n);
-  q.dc_n = info.memory ? wide.dense(dc_n) : nullptr;
-  if (!info.memory) q.dc_all = nullptr;
+  q.dc_all = wide.dense(dc_all), q.dh_n = wide.dense(dh_n), q.dc_n = wide.dense(dc_n);
 
   // Allocates a gradient of the shape of `like` if it is wanted, else an empty tensor.
-  const auto gradient = [&](const MaybeTensor& like, bool wanted, T*& pointer) {
-    wanted = wanted && like.has_value();
+  const auto gradient = [&](const Tensor* like, bool wanted, T*& pointer) {
+    wanted = wanted && like != nullptr;
     const Tensor result =
         wanted ? empty(like->sizes().data(), like->dim(), wide_dtype) : empty({0}, wide_dtype);
     pointer = wanted ? result.template mutable_data_ptr<T>() : nullptr;
     return result;
   };
-  LayerGradient grad{gradient(a.x, needs.dx, q.dx),
-                     gradient(a.h0, needs.dstate, q.dh0),
-                     gradient(a.c0, needs.dstate, q.dc0),
+  const auto maybe = [](const MaybeTensor& tensor) { return tensor.has_value() ? &*tensor : nullptr; };
+  LayerGradient grad{gradient(&a.x, needs.x, q.dx),
+                     gradient(maybe(a.h0), needs.h0, q.dh0),
+                     gradient(maybe(a.c0), needs.c0, q.dc0),
                      {}};
-  if (needs.dweights) {
-    const auto list = [&](const Tensors& tensors, T* DirectionWeights<T>::* field) {
-      for (size_t d = 0; d < tensors.size(); ++d)
-        grad.dweights.push_back(gradient(tensors[d], true, q.dweights[d].*field));
-    };
-    list(a.weight_ih, &DirectionWeights<T>::weight_ih);
-    list(a.weight_hh, &DirectionWeights<T>::weight_hh);
-    list(a.bias_ih, &DirectionWeights<T>::bias_ih);
-    list(a.bias_hh, &DirectionWeights<T>::bias_hh);
-    list(a.weight_hr, &DirectionWeights<T>::weight_hr);
-    list(a.peephole, &DirectionWeights<T>::peephole);
-    list(a.norm_gain, &DirectionWeights<T>::norm_gain);
-    list(a.norm_shift, &DirectionWeights<T>::norm_shift);
-  }
+  if (needs.weights)
+    for (int64_t d = 0; d < p.directions; ++d)
+      for (const Part part : kAllParts)
+        if (a.parts.has(part))
+          grad.dweights.push_back(gradient(a.part(part, d), true, q.dweights[d].*kPartFields<T>[int(part)]));
   if constexpr (sizeof(T) == sizeof(float))
     kernels().backward_f32(q, team_size(p, info.gates), run_team);
   else
@@ -315,26 +287,93 @@ LayerGradient backward(const MaybeTensor& dy, const MaybeTensor& dc_all, const M
   return grad;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer(RNN_PARAMETERS, bool all_states) {
-  LayerOutput out = forward(RNN_ARGUMENTS, all_states, true);
-  return {out.y, out.c_all, out.h_n, out.c_n, out.tape};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_infer(RNN_PARAMETERS, bool all_states) {
-  LayerOutput out = forward(RNN_ARGUMENTS, all_states, false);
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_infer(RNN_PARAMETERS) {
+  LayerOutput out = forward(RNN_ARGUMENTS, false);
   return {out.y, out.c_all, out.h_n, out.c_n};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensors> layer_backward(const MaybeTensor& dy, const MaybeTensor& dc_all,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_train(RNN_PARAMETERS) {
+  LayerOutput out = forward(RNN_ARGUMENTS, true);
+  return {out.y, out.c_all, out.h_n, out.c_n, out.tape};
+}
+
+// The plain layer with few arguments, as each costs a small step some time.
+std::tuple<Tensor, Tensor, Tensor> plain_layer(const Tensor& x, const Tensors& weights, const MaybeTensor& h0,
+                                               const MaybeTensor& c0, int64_t cell, int64_t activation,
+                                               bool bias, bool projection) {
+  const Arguments a{.x = x,
+                    .weights = weights,
+                    .h0 = h0,
+                    .c0 = c0,
+                    .cell = cell,
+                    .activation = activation,
+                    .parts = {bias, projection, false, false}};
+  LayerOutput out = forward(a, false);
+  return {out.y, out.h_n, out.c_n};
+}
+
+std::tuple<Tensor, Tensors, Tensor, Tensor> layer_backward(const MaybeTensor& dy, const MaybeTensor& dc_all,
                                                            const MaybeTensor& dh_n, const MaybeTensor& dc_n,
-                                                           RNN_PARAMETERS, const Tensor& y,
-                                                           const Tensor& tape, bool need_dx, bool need_dstate,
-                                                           bool need_dweights) {
-  const Needs needs{need_dx, need_dstate, need_dweights};
+                                                           RNN_PARAMETERS, const MaybeTensor& y,
+                                                           const Tensor& tape, bool need_x, bool need_weights,
+                                                           bool need_h0, bool need_c0) {
+  const Needs needs{need_x, need_weights, need_h0, need_c0};
   LayerGradient grad = wide_type(x) == ScalarType::Double
                            ? backward<double>(dy, dc_all, dh_n, dc_n, RNN_ARGUMENTS, y, tape, needs)
                            : backward<float>(dy, dc_all, dh_n, dc_n, RNN_ARGUMENTS, y, tape, needs);
-  return {grad.dx, grad.dh0, grad.dc0, grad.dweights};
+  return {grad.dx, grad.dweights, grad.dh0, grad.dc0};
+}
+
+// One step of a cell of torch.nn, without the detour over lists and sequences.
+template <typename T>
+std::tuple<Tensor, Tensor> cell(const Tensor& x, const Tensor& weight_ih, const Tensor& weight_hh,
+                                const MaybeTensor& bias_ih, const MaybeTensor& bias_hh, const MaybeTensor& h0,
+                                const MaybeTensor& c0, int64_t code, int64_t activation) {
+  const ScalarType dtype = x.scalar_type(), wide_dtype = wide_type(x);
+  const CellInfo info = cell_info(code);
+  check_floating("x", x);
+  check_activation(activation);
+  STD_TORCH_CHECK(x.dim() == 2 && weight_hh.dim() == 2, "x must be [B, I] and weight_hh [G*H, H]");
+  STD_TORCH_CHECK(info.memory || !c0.has_value(), "c0 is for cells with memory");
+  LayerParams<T> p{};
+  p.cell = Cell(code), p.activation = Activation(activation);
+  p.steps = p.directions = 1;
+  p.batch = x.size(0), p.inputs = x.size(1), p.hidden = p.outputs = weight_hh.size(1);
+  const int64_t rows = info.gates * p.hidden;
+  const Kind kind(x);
+  check_memory("x", x);
+  check_shape("weight_ih", weight_ih, {rows, p.inputs});
+  check_shape("weight_hh", weight_hh, {rows, p.hidden});
+  check_like("weight_ih", weight_ih, kind);
+  check_like("weight_hh", weight_hh, kind);
+  STD_TORCH_CHECK(bias_ih.has_value() == bias_hh.has_value(), "there must be both biases or none");
+  check_maybe("bias_ih", bias_ih, {rows}, kind);
+  check_maybe("bias_hh", bias_hh, {rows}, kind);
+  check_maybe("h0", h0, {p.batch, p.hidden}, kind);
+  check_maybe("c0", c0, {p.batch, p.hidden}, kind);
+
+  Widened<T> wide(wide_dtype);
+  const Tensor in = wide.rows(x);
+  p.x = in.template const_data_ptr<T>(), p.x_stride_b = in.stride(0);
+  DirectionWeights<const T>& w = p.weights[0];
+  w.weight_ih = wide.dense(weight_ih), w.weight_hh = wide.dense(weight_hh);
+  w.bias_ih = wide.dense(bias_ih), w.bias_hh = wide.dense(bias_hh);
+  p.h0 = wide.dense(h0), p.c0 = wide.dense(c0);
+  p.cell_clip = p.proj_clip = std::numeric_limits<T>::infinity();
+  const Tensor h = empty({p.batch, p.hidden}, wide_dtype);
+  const Tensor c = info.memory ? empty({p.batch, p.hidden}, wide_dtype) : empty({0}, wide_dtype);
+  p.y = p.h_n = h.template mutable_data_ptr<T>();
+  if (info.memory) p.c_n = c.template mutable_data_ptr<T>();
+  run_forward(p, info.gates);
+  return {rounded(h, dtype), rounded(c, dtype)};
+}
+
+std::tuple<Tensor, Tensor> plain_cell(const Tensor& x, const Tensor& weight_ih, const Tensor& weight_hh,
+                                      const MaybeTensor& bias_ih, const MaybeTensor& bias_hh,
+                                      const MaybeTensor& h0, const MaybeTensor& c0, int64_t code,
+                                      int64_t activation) {
+  const auto run = wide_type(x) == ScalarType::Double ? cell<double> : cell<float>;
+  return run(x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, code, activation);
 }
 
 // Instruction sets and floors
@@ -369,12 +408,19 @@ double rate(double seconds, int64_t threads, const Work& work) {
   return total;
 }
 
+void check_effort(double seconds, int64_t threads) {
+  STD_TORCH_CHECK(seconds >= 0 && seconds <= 60, "seconds must be in 0..60, got ", seconds);
+  STD_TORCH_CHECK(threads >= 1 && threads <= 4096, "threads must be in 1..4096, got ", threads);
+}
+
 double fma_peak(int64_t isa, double seconds, int64_t threads) {
+  check_effort(seconds, threads);
   const Kernels& k = kernels_of(isa);
   return rate(seconds, threads, [&] { return 2 * k.multiply_add_loop(100000); });
 }
 
 double read_bandwidth(int64_t bytes, double seconds, int64_t threads) {
+  check_effort(seconds, threads);
   const Kernels& k = kernels();
   const int64_t count = std::max<int64_t>(bytes / sizeof(float), 1024);
   const int64_t times = std::max<int64_t>(1, (1 << 22) / count);
@@ -394,8 +440,10 @@ double read_bandwidth(int64_t bytes, double seconds, int64_t threads) {
 }  // namespace torchrnn
 
 STABLE_TORCH_LIBRARY_IMPL(torchrnn, CPU, m) {
-  m.impl("layer", TORCH_BOX(&torchrnn::cpu::layer));
   m.impl("layer_infer", TORCH_BOX(&torchrnn::cpu::layer_infer));
+  m.impl("layer_train", TORCH_BOX(&torchrnn::cpu::layer_train));
+  m.impl("plain_layer", TORCH_BOX(&torchrnn::cpu::plain_layer));
+  m.impl("plain_cell", TORCH_BOX(&torchrnn::cpu::plain_cell));
   m.impl("layer_backward", TORCH_BOX(&torchrnn::cpu::layer_backward));
   m.impl("pack", TORCH_BOX(&torchrnn::cpu::pack_weights));
   m.impl("layer_packed", TORCH_BOX(&torchrnn::cpu::layer_packed));

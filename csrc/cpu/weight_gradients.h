@@ -73,7 +73,7 @@ struct WeightGradients {
     const bool cut = state.rows.cut(b, s, back);
     const int64_t t_prev = s > 0 ? state.rows.time(b, s - 1, back) : 0;
     block.h_prev[k] = cut     ? f.zeros
-                      : s > 0 ? state.carried != nullptr ? f.carried(d, s, b) : f.y(d, t_prev, b)
+                      : s > 0 ? state.carried != nullptr ? f.carried(d, s, b) : f.output(d, t_prev, b)
                               : f.initial(p.h0, d, b, p.outputs);
     if (B::kVaried && p.weights[d].peephole != nullptr) {
       const int64_t c_at = B::C::kMemory * p.hidden;

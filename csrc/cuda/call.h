@@ -78,13 +78,12 @@ class Call {
   const void* dense(const MaybeTensor& tensor, std::optional<ScalarType> dtype = std::nullopt) {
     return tensor.has_value() ? dense(*tensor, dtype) : nullptr;
   }
-  const void* dense(const Tensors& tensors, int64_t d, std::optional<ScalarType> dtype = std::nullopt) {
-    return tensors.empty() ? nullptr : dense(tensors.at(d), dtype);
+  const void* dense(Part part, int64_t d, std::optional<ScalarType> dtype = std::nullopt) {
+    const Tensor* tensor = a_.part(part, d);
+    return tensor == nullptr ? nullptr : dense(*tensor, dtype);
   }
   const Acc* wide(const MaybeTensor& tensor) { return static_cast<const Acc*>(dense(tensor, kAcc<Acc>)); }
-  const Acc* wide(const Tensors& tensors, int64_t d) {
-    return static_cast<const Acc*>(dense(tensors, d, kAcc<Acc>));
-  }
+  const Acc* wide(Part part, int64_t d) { return static_cast<const Acc*>(dense(part, d, kAcc<Acc>)); }
 
   // x with zeros past the lengths, if there are some and they matter, dense in any case: [T*B, I].
   const void* inputs(bool without_padding) {
@@ -115,15 +114,15 @@ class Call {
     ForwardScan<Acc> p{};
     p.cell = Cell(a_.cell), p.activation = Activation(a_.activation), p.dtype = dtype_;
     p.steps = sizes_.steps, p.batch = sizes_.batch, p.hidden = sizes_.hidden, p.outputs = sizes_.outputs;
-    p.directions = sizes_.directions, p.reverse = a_.reverse, p.projected = !a_.weight_hr.empty();
+    p.directions = sizes_.directions, p.reverse = a_.reverse, p.projected = a_.parts.projection;
     p.tf32 = a_.tf32;
     p.cell_clip = bound<Acc>(a_.cell_clip), p.proj_clip = bound<Acc>(a_.proj_clip),
     p.norm_eps = Acc(a_.norm_eps);
     for (int64_t d = 0; d < p.directions; ++d) {
       auto& w = p.direction[d];
-      w.weight_hh = dense(a_.weight_hh, d), w.weight_hr = dense(a_.weight_hr, d);
-      w.peephole = wide(a_.peephole, d);
-      w.norm_gain = wide(a_.norm_gain, d), w.norm_shift = wide(a_.norm_shift, d);
+      w.weight_hh = dense(Part::kWeightHh, d), w.weight_hr = dense(Part::kWeightHr, d);
+      w.peephole = wide(Part::kPeephole, d);
+      w.norm_gain = wide(Part::kNormGain, d), w.norm_shift = wide(Part::kNormShift, d);
     }
     p.h0 = wide(a_.h0), p.c0 = wide(a_.c0);
     p.lengths = lengths(), p.resets = static_cast<const bool*>(dense(a_.resets, ScalarType::Bool));
@@ -136,16 +135,16 @@ class Call {
 
   // Biases and W x of one direction.
   void project(DirectionForward<Acc>& w, int64_t d, const void* x) {
-    if (!a_.bias_ih.empty()) {
+    if (a_.parts.bias) {
       const bool apart = Cell(a_.cell) == Cell::kGru;  // The reset gate multiplies b_hn.
       const int64_t both = apart ? gates() - sizes_.hidden : gates();
       Acc* bias = static_cast<Acc*>(keep_empty({2 * gates() - both}, kAcc<Acc>));
-      check(sum_biases(dtype_, dense(a_.bias_ih, d), dense(a_.bias_hh, d), gates(), both, bias,
+      check(sum_biases(dtype_, dense(Part::kBiasIh, d), dense(Part::kBiasHh, d), gates(), both, bias,
                        device_.stream()));
       w.bias = bias, w.bias_h = apart ? bias + gates() : nullptr;
     }
     Acc* wx = static_cast<Acc*>(keep_empty({rows(), gates()}, kAcc<Acc>));
-    product(sums(), false, true, rows(), gates(), sizes_.inputs, x, dense(a_.weight_ih, d), wx);
+    product(sums(), false, true, rows(), gates(), sizes_.inputs, x, dense(Part::kWeightIh, d), wx);
     w.wx = wx;
   }
 

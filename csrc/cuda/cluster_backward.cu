@@ -12,6 +12,8 @@
 // written. So it is with the gate gradients: who writes them in step s + 2 has what was sent in step s + 1 by
 // CTAs that had everything from step s, which was sent after those of step s had been read.
 
+#include <type_traits>
+
 #include "cuda/cluster.h"
 #include "cuda/cluster_launch.h"
 
@@ -54,8 +56,12 @@ struct BackwardShared {
 // What a cell reads of one step, as memory has it: who converted a number would wait for it.
 template <typename Cell, typename Io>
 struct Inputs {
+  // h comes from y, or from the tape.
+  using Output = std::conditional_t < Cell::kOutput<0, Io, float>;
+
   float tape[Cell::kTape], c_prev;
-  Io h_prev, dy, dc;
+  Output h_prev;
+  Io dy, dc;
   uint8_t cut;  // see Row
 };
 
@@ -121,15 +127,15 @@ struct Owner {
   // Asks for what step t reads, while memory is further away than one step takes. Eight neighbouring lanes,
   // whose units fill a sector of 32 bytes in each row of the tape, take a row each.
   RNN_DEVICE void prefetch(int t) const {
+    constexpr int kY = Cell::kTape, kDy = Cell::kOutput < 0 ? kY + 1 : kY;  // y only if it is read
     const int part = ptx::thread() % 8;
-    const void* const of = part < Cell::kTape ? p.tape : part == Cell::kTape ? p.y : q.dy;
+    const void* const of = part < kY ? p.tape : part < kDy ? p.y : q.dy;
     RNN_UNROLL
     for (int n = 0; n < kRows; ++n) {
-      const uint64_t at = part < Cell::kTape    ? (in_tape(n, t) + start(part, p.hidden)) * sizeof(float)
-                          : part == Cell::kTape ? in_y(n, t) * sizeof(Io)
-                                                : in_dy(n, t) * sizeof(Io);
-      if (part <= Cell::kTape + 1 && of != nullptr && t < length[n])
-        ptx::prefetch(static_cast<const char*>(of) + at);
+      const uint64_t at = part < kY    ? (in_tape(n, t) + start(part, p.hidden)) * sizeof(float)
+                          : part < kDy ? in_y(n, t) * sizeof(Io)
+                                       : in_dy(n, t) * sizeof(Io);
+      if (part <= kDy && of != nullptr && t < length[n]) ptx::prefetch(static_cast<const char*>(of) + at);
     }
   }
 
@@ -149,12 +155,15 @@ struct Owner {
     x.cut = row(n).cut(t);
     if (first.back ? t + 1 < length[n] : t > 0) {
       const int before = first.back ? t + 1 : t - 1;
-      x.h_prev = static_cast<const Io*>(p.y)[in_y(n, before)];
+      if constexpr (Cell::kOutput < 0)
+        x.h_prev = static_cast<const Io*>(p.y)[in_y(n, before)];
+      else
+        x.h_prev = p.tape[in_tape(n, before) + start(Cell::kOutput, p.hidden)];
       if constexpr (kMemory) x.c_prev = p.tape[in_tape(n, before) + start(Cell::kMemory, p.hidden)];
     } else {
       // The initial state is of Io, only wider.
       const int64_t from = (first.state() + n) * p.hidden + ptx::anew(unit);
-      x.h_prev = to_output<Io>(p.h0 != nullptr ? p.h0[from] : 0);
+      x.h_prev = to_output<typename Inputs<Cell, Io>::Output>(p.h0 != nullptr ? p.h0[from] : 0);
       if (kMemory) x.c_prev = p.c0 != nullptr ? p.c0[from] : 0;
     }
   }
@@ -185,7 +194,8 @@ struct Owner {
       linked[n] = alive && x.cut == 0;
       // Also of steps that are not there: without branches the rows' instructions can be mixed.
       float d[Cell::kGateGrads];
-      const typename Cell::State prev{linked[n] ? from_output(x.h_prev) : 0, linked[n] ? x.c_prev : 0};
+      const typename Cell::State prev{linked[n] ? from_output(previous(x.h_prev)) : 0,
+                                      linked[n] ? x.c_prev : 0};
       const typename Cell::State dnext{dh[n] + from_output(x.dy), dc[n] + from_output(x.dc)};
       const typename Cell::State dprev = Cell::backward(Plain(), x.tape, prev, dnext, d);
       if (alive) dh[n] = linked[n] ? dprev.h : 0, dc[n] = linked[n] ? dprev.c : 0;
@@ -203,6 +213,14 @@ struct Owner {
     }
   }
 
+  // The h before a step as the recurrence read it: rounded, whether y has it or the tape.
+  RNN_DEVICE static Io previous(const typename Inputs<Cell, Io>::Output& h) {
+    if constexpr (Cell::kOutput < 0)
+      return h;
+    else
+      return to_output<Io>(h);
+  }
+
   // The gradient by a gate's row of R h.
   RNN_DEVICE static float by_rh(const float (&d)[Cell::kGateGrads], int gate) {
     return d[(gate + Cell::kInputGrads) % kGates];
@@ -214,7 +232,8 @@ struct Owner {
     for (int n = 0; n < kRows; ++n) {
       if (!is(n)) continue;
       const uint32_t at = first.at(t) + n;
-      static_cast<Io*>(out.h_prev)[start(at, p.hidden) + uint32_t(unit)] = linked[n] ? in[n].h_prev : Io{0};
+      static_cast<Io*>(out.h_prev)[start(at, p.hidden) + uint32_t(unit)] =
+          linked[n] ? previous(in[n].h_prev) : Io{0};
       const uint64_t to = start(at, kGates * p.hidden) + uint32_t(unit);
       Io *dx = static_cast<Io*>(out.dgates_x) + to, *dh = static_cast<Io*>(out.dgates_h) + to;
       RNN_UNROLL

@@ -29,14 +29,14 @@ bool takes_cluster(const Arguments& a, const ForwardScan<Acc>& p, int device) {
 struct LayerOutput { Tensor y, c_all, h_n, c_n, tape; };
 
 template <typename Acc>
-LayerOutput forward(const Arguments& a, bool all_states, bool training) {
+LayerOutput forward(const Arguments& a, bool training) {
   Call<Acc> call(a);
   ForwardScan<Acc> p = call.scan();
   const bool memory = cell_info(a.cell).memory;
   const ScalarType dtype = a.x.scalar_type();
   LayerOutput out{
       call.empty({p.steps, p.batch, p.directions * p.outputs}),
-      memory && all_states ? call.empty({p.steps, p.batch, p.directions * p.hidden}) : call.empty({0}),
+      memory && a.all_states ? call.empty({p.steps, p.batch, p.directions * p.hidden}) : call.empty({0}),
       call.empty({p.directions, p.batch, p.outputs}, kAcc<Acc>),
       memory ? call.empty({p.directions, p.batch, p.hidden}, kAcc<Acc>) : call.empty({0}, kAcc<Acc>),
       // The kernels leave out what is past a row's length; it is to be the same number at every call.
@@ -46,7 +46,7 @@ LayerOutput forward(const Arguments& a, bool all_states, bool training) {
   };
   p.y = call.pointer(out.y), p.h_n = call.sums_pointer(out.h_n);
   if (memory) p.c_n = call.sums_pointer(out.c_n);
-  if (memory && all_states) p.c_all = call.pointer(out.c_all);
+  if (memory && a.all_states) p.c_all = call.pointer(out.c_all);
   if (training) p.tape = call.sums_pointer(out.tape);
   const bool cluster = takes_cluster(a, p, call.device().index());
   const void* x = call.inputs(false);
@@ -66,7 +66,7 @@ struct LayerGradient {
   Tensor dx, dh0, dc0;
   Tensors dweights;
 };
-struct Needs { bool dx, dstate, dweights; };
+struct Needs { bool x, weights, h0, c0; };
 
 // The gradients by one direction's weights, from what the scan left.
 template <typename Acc>
@@ -141,19 +141,18 @@ class WeightGradients {
 
 template <typename Acc>
 LayerGradient backward(const MaybeTensor& dy, const MaybeTensor& dc_all, const MaybeTensor& dh_n,
-                       const MaybeTensor& dc_n, const Arguments& a, const Tensor& y, const Tensor& tape,
+                       const MaybeTensor& dc_n, const Arguments& a, const MaybeTensor& y, const Tensor& tape,
                        Needs needs) {
   Call<Acc> call(a);
   BackwardScan<Acc> q{};
   q.forward = call.scan();
   ForwardScan<Acc>& p = q.forward;
   const bool memory = cell_info(a.cell).memory;
-  RNN_CHECK_SHAPE(y, p.steps, p.batch, p.directions * p.outputs);
-  RNN_CHECK_SHAPE(tape, p.directions, p.steps, p.batch, p.tape_size);
+  check_gradients(a, call.sizes(), dy, dc_all, dh_n, dc_n);
+  check_kept(a, call.sizes(), y, tape, p.tape_size, kAcc<Acc>);
   // The struct has no const for the outputs of forward, which are only read here.
   p.y = const_cast<void*>(call.dense(y)), p.tape = static_cast<Acc*>(const_cast<void*>(call.dense(tape)));
   if (dy.has_value()) {
-    RNN_CHECK_SHAPE(*dy, p.steps, p.batch, p.directions * p.outputs);
     const bool strided = dy->stride(2) == 1 || dy->size(2) <= 1;
     const Tensor rows = strided ? *dy : call.keep(torch::stable::contiguous(*dy));
     q.dy = rows.const_data_ptr(), q.dy_stride_t = rows.stride(0), q.dy_stride_b = rows.stride(1);
@@ -164,12 +163,13 @@ LayerGradient backward(const MaybeTensor& dy, const MaybeTensor& dc_all, const M
   const Tensor dc0 = call.empty({p.directions, p.batch, p.hidden}, kAcc<Acc>);
   q.dh0 = call.sums_pointer(dh0), q.dc0 = memory ? call.sums_pointer(dc0) : nullptr;
 
-  const void* x = needs.dweights ? call.inputs(true) : nullptr;
+  const void* x = needs.weights ? call.inputs(true) : nullptr;
   WeightGradients<Acc> gradients(call, a, q, x);
   Tensors dpeephole, dgain, dshift;
-  const auto sums = [&](Tensors& list, const Tensors& like, int64_t d) -> Acc* {
-    if (like.empty()) return nullptr;
-    list.push_back(call.empty({like[d].size(0), p.hidden}, kAcc<Acc>));
+  const auto sums = [&](Tensors& list, Part part, int64_t d) -> Acc* {
+    const Tensor* like = a.part(part, d);
+    if (like == nullptr) return nullptr;
+    list.push_back(call.empty({like->size(0), p.hidden}, kAcc<Acc>));
     return call.sums_pointer(list.back());
   };
   for (int64_t d = 0; d < p.directions; ++d) {
@@ -186,8 +186,8 @@ LayerGradient backward(const MaybeTensor& dy, const MaybeTensor& dc_all, const M
     w.h_prev = call.keep_empty({call.rows(), p.outputs});
     w.aside = aside ? call.keep_empty({call.rows(), p.hidden}) : nullptr;
     w.dprojected = p.projected ? call.keep_empty({call.rows(), p.outputs}) : nullptr;
-    w.dpeephole = sums(dpeephole, a.peephole, d);
-    w.dnorm_gain = sums(dgain, a.norm_gain, d), w.dnorm_shift = sums(dshift, a.norm_shift, d);
+    w.dpeephole = sums(dpeephole, Part::kPeephole, d);
+    w.dnorm_gain = sums(dgain, Part::kNormGain, d), w.dnorm_shift = sums(dshift, Part::kNormShift, d);
   }
   const bool cluster = takes_cluster(a, p, call.device().index());
   void* stream = call.device().stream();
@@ -202,34 +202,46 @@ LayerGradient backward(const MaybeTensor& dy, const MaybeTensor& dc_all, const M
   };
   const Tensor none = call.empty({0});
   LayerGradient grad{none,
-                     needs.dstate && a.h0.has_value() ? rounded(dh0) : none,
-                     needs.dstate && a.c0.has_value() ? rounded(dc0) : none,
+                     needs.h0 && a.h0.has_value() ? rounded(dh0) : none,
+                     needs.c0 && a.c0.has_value() ? rounded(dc0) : none,
                      {}};
-  if (needs.dx) {
+  if (needs.x) {
     // Summed over the directions before it is rounded.
     const Tensor dx = call.empty({p.steps, p.batch, call.sizes().inputs}, kAcc<Acc>);
     for (int64_t d = 0; d < p.directions; ++d)
       call.product(call.sums(), false, false, call.rows(), call.sizes().inputs, call.gates(),
-                   q.direction[d].dgates_x, call.dense(a.weight_ih, d), call.pointer(dx), d > 0);
+                   q.direction[d].dgates_x, call.dense(Part::kWeightIh, d), call.pointer(dx), d > 0);
     grad.dx = rounded(dx);
   }
-  if (!needs.dweights) return grad;
-  const auto list = [&](const Tensors& like, const auto& gradient) {
-    for (size_t d = 0; d < like.size(); ++d) grad.dweights.push_back(gradient(d));
+  if (!needs.weights) return grad;
+  const auto gradient = [&](Part part, int64_t d) -> Tensor {
+    switch (part) {
+      case Part::kWeightIh:
+        return gradients.weight_ih(d);
+      case Part::kWeightHh:
+        return gradients.weight_hh(d);
+      case Part::kBiasIh:
+        return gradients.bias_ih(d);
+      case Part::kBiasHh:
+        return gradients.bias_hh(d);
+      case Part::kWeightHr:
+        return gradients.weight_hr(d);
+      case Part::kPeephole:
+        return rounded(dpeephole[d]);
+      case Part::kNormGain:
+        return rounded(dgain[d]);
+      default:
+        return rounded(dshift[d]);
+    }
   };
-  list(a.weight_ih, [&](int64_t d) { return gradients.weight_ih(d); });
-  list(a.weight_hh, [&](int64_t d) { return gradients.weight_hh(d); });
-  list(a.bias_ih, [&](int64_t d) { return gradients.bias_ih(d); });
-  list(a.bias_hh, [&](int64_t d) { return gradients.bias_hh(d); });
-  list(a.weight_hr, [&](int64_t d) { return gradients.weight_hr(d); });
-  list(a.peephole, [&](int64_t d) { return rounded(dpeephole[d]); });
-  list(a.norm_gain, [&](int64_t d) { return rounded(dgain[d]); });
-  list(a.norm_shift, [&](int64_t d) { return rounded(dshift[d]); });
+  for (int64_t d = 0; d < p.directions; ++d)
+    for (const Part part : kAllParts)
+      if (a.parts.has(part)) grad.dweights.push_back(gradient(part, d));
   return grad;
 }
 
 Tensor dropout(const Tensor& x, const Tensor& seed, double keep) {
-  const uint32_t threshold = dropout_threshold(seed, keep);
+  const uint32_t threshold = dropout_threshold(x, seed, keep);
   const Device device(x);
   const Tensor y = torch::stable::new_empty(x, x.sizes());
   const bool one = is_one_number(x);
@@ -242,27 +254,27 @@ Tensor dropout(const Tensor& x, const Tensor& seed, double keep) {
 
 bool is_wide(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer(RNN_PARAMETERS, bool all_states) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_infer(RNN_PARAMETERS) {
   const auto run = is_wide(x) ? forward<double> : forward<float>;
-  const LayerOutput out = run(RNN_ARGUMENTS, all_states, true);
-  return {out.y, out.c_all, out.h_n, out.c_n, out.tape};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_infer(RNN_PARAMETERS, bool all_states) {
-  const auto run = is_wide(x) ? forward<double> : forward<float>;
-  const LayerOutput out = run(RNN_ARGUMENTS, all_states, false);
+  const LayerOutput out = run(RNN_ARGUMENTS, false);
   return {out.y, out.c_all, out.h_n, out.c_n};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensors> layer_backward(const MaybeTensor& dy, const MaybeTensor& dc_all,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_train(RNN_PARAMETERS) {
+  const auto run = is_wide(x) ? forward<double> : forward<float>;
+  const LayerOutput out = run(RNN_ARGUMENTS, true);
+  return {out.y, out.c_all, out.h_n, out.c_n, out.tape};
+}
+
+std::tuple<Tensor, Tensors, Tensor, Tensor> layer_backward(const MaybeTensor& dy, const MaybeTensor& dc_all,
                                                            const MaybeTensor& dh_n, const MaybeTensor& dc_n,
-                                                           RNN_PARAMETERS, const Tensor& y,
-                                                           const Tensor& tape, bool need_dx, bool need_dstate,
-                                                           bool need_dweights) {
+                                                           RNN_PARAMETERS, const MaybeTensor& y,
+                                                           const Tensor& tape, bool need_x, bool need_weights,
+                                                           bool need_h0, bool need_c0) {
   const auto run = is_wide(x) ? backward<double> : backward<float>;
   const LayerGradient grad =
-      run(dy, dc_all, dh_n, dc_n, RNN_ARGUMENTS, y, tape, {need_dx, need_dstate, need_dweights});
-  return {grad.dx, grad.dh0, grad.dc0, grad.dweights};
+      run(dy, dc_all, dh_n, dc_n, RNN_ARGUMENTS, y, tape, {need_x, need_weights, need_h0, need_c0});
+  return {grad.dx, grad.dweights, grad.dh0, grad.dc0};
 }
 
 }  // namespace
@@ -274,8 +286,8 @@ STABLE_TORCH_LIBRARY_IMPL(torchrnn, CPU, m) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(torchrnn, CUDA, m) {
 #endif
-  m.impl("layer", TORCH_BOX(&torchrnn::cuda::layer));
   m.impl("layer_infer", TORCH_BOX(&torchrnn::cuda::layer_infer));
+  m.impl("layer_train", TORCH_BOX(&torchrnn::cuda::layer_train));
   m.impl("layer_backward", TORCH_BOX(&torchrnn::cuda::layer_backward));
   m.impl("dropout", TORCH_BOX(&torchrnn::cuda::dropout));
 }

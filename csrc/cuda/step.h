@@ -115,6 +115,13 @@ int with_io(Dtype dtype, const Use& use) {
   }
 }
 
+// Where in a row of the tape the new h is; -1 if backward reads it from y.
+RNN_FN int kept_output(Cell cell) {
+  if (cell == Cell::kGru) return Gru<float>::kOutput;
+  if (cell == Cell::kGruResetBefore) return GruResetBefore<float>::kOutput;
+  return cell == Cell::kRnn ? Rnn<float>::kOutput : -1;
+}
+
 RNN_FN int64_t gates_of(Cell cell) { return cell == Cell::kLstm ? 4 : cell == Cell::kRnn ? 1 : 3; }
 
 // Hands out aligned parts of the workspace; with a null base it only counts.

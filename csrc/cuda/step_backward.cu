@@ -137,12 +137,17 @@ struct Previous : BackwardStep<Io, Acc> {
     Acc h(0);
     if (this->alive(t, b) && !this->cut(t, b)) {
       if (this->follows(t, b))
-        h = widen(static_cast<const Io*>(p.y)[this->output(before, b, p.outputs) + u]) *
-            this->mask_h(before, b, u);
+        h = output_before(before, b, u) * this->mask_h(before, b, u);
       else if (p.h0 != nullptr)
         h = p.h0[(this->d * p.batch + b) * p.outputs + u];
     }
     round_to(h, static_cast<Io*>(this->w().h_prev)[i]);
+  }
+
+  RNN_FN Acc output_before(int64_t before, int64_t b, int64_t u) const {
+    const int place = kept_output(this->p.cell);
+    if (place >= 0) return this->tape(before, b)[place * this->p.hidden + u];
+    return widen(static_cast<const Io*>(this->p.y)[this->output(before, b, this->p.outputs) + u]);
   }
 };
 

@@ -230,8 +230,9 @@ struct UpdateStep : ForwardStep<Io, Acc> {
     const int64_t b = i / p.hidden, u = i % p.hidden;
     if (!this->alive(b)) return this->rest(b, u);
     const Acc n = C::candidate(this->policy(u), this->input(b, 2, u), this->sum(b, 2, u));
-    if (Acc* tape = this->tape(this->t, b)) tape[2 * p.hidden + u] = n;
-    this->emit(b, u, C::output(this->sum(b, 1, u), n, this->cut(b) ? Acc(0) : this->h()[i]));
+    const Acc h = C::output(this->sum(b, 1, u), n, this->cut(b) ? Acc(0) : this->h()[i]);
+    if (Acc* tape = this->tape(this->t, b)) tape[2 * p.hidden + u] = n, tape[C::kOutput * p.hidden + u] = h;
+    this->emit(b, u, h);
   }
 };
 

@@ -17,6 +17,7 @@ from load_host_build import ops
 
 from torchrnn import cuda
 from torchrnn.options import Options
+from torchrnn.reference import Arguments
 
 TESTS = (
     "test_layer_matches_torch",
@@ -29,12 +30,12 @@ TESTS = (
 )
 MOST = 3000  # T * B * H of a case, about a second.
 
-told = ops.scalars
+told = ops.flat
 
 
-def scalars(options: Options, x: torch.Tensor) -> tuple[Any, ...]:
+def flat(a: Arguments, options: Options, all_states: bool = False) -> tuple[Any, ...]:
     """Tells the ops on the CPU what they would be told on CUDA."""
-    return (*told(options, x)[:-2], cuda.allows_tf32(), cuda.forced())
+    return (*told(a, options)[:-3], cuda.allows_tf32(), cuda.forced(), all_states)
 
 
 @contextlib.contextmanager
@@ -47,7 +48,7 @@ def use_device(_: str) -> Iterator[torch.device]:
 def pytest_sessionstart() -> None:
     """Makes torch and the tests believe in a GPU, after conftest.py and before the tests are imported."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(ops, "scalars", scalars)
+    patch.setattr(ops, "flat", flat)
     patch.setattr(sys.modules["conftest"], "use_device", use_device)
     patch.setattr(torch.cuda, "is_available", lambda: True)
     patch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))

@@ -216,7 +216,7 @@ class KerasCell(nn.Module):
         w_ih, w_hh = (kernel.t().contiguous() for kernel in kernels)
         b_ih, b_hh = ([] if b is None else [gate_vector(b, self.order)] for b in self.biases())
         h0, c0 = [*(each.unsqueeze(0) for each in state), None][:2]
-        a = Arguments(x, [w_ih], [w_hh], b_ih, b_hh, [], [], [], [], h0, c0, lengths)
+        a = Arguments(x, [w_ih], [w_hh], b_ih, b_hh, h0=h0, c0=c0, lengths=lengths)
         y, _, *final = ops.layer(a, Options(cell=self.cell, activation=activation))
         return y, [each[0] for each in final[: self.states]]
 

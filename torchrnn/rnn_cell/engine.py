@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -82,13 +83,12 @@ def run_layer(
         listed(peephole),
         listed(gain),
         listed(shift),
-        h0.unsqueeze(0),
-        None if c0 is None else c0.unsqueeze(0),
-        run.lengths,
-        None,
-        spread(masks[0]),
-        spread(masks[1]),
+        h0=h0.unsqueeze(0),
+        c0=None if c0 is None else c0.unsqueeze(0),
+        lengths=run.lengths,
+        mask_h=spread(masks[0]),
+        mask_c=spread(masks[1]),
     )
-    options = Options(**{**vars(options), "reverse": run.reverse, "norm_eps": epsilon})
+    options = replace(options, reverse=run.reverse, norm_eps=epsilon)
     y, _, h_n, c_n = ops.layer(a, options)
     return y, h_n[0], c_n if c0 is None else c_n[0]
