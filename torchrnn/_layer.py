@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from torchrnn import _dynamo, ops, recompute
+from torchrnn._tools import script
 from torchrnn.options import Options
 from torchrnn.packing import drop_packed_weights, packed_weights
 from torchrnn.reference import Arguments
@@ -89,6 +90,8 @@ class Layer(nn.RNNBase):
     """
 
     recompute: bool = False  # On the class: pickles of torch.nn layers do not have it.
+
+    __prepare_scriptable__ = script.refuse
 
     def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
         if not isinstance(recompute, bool):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from torchrnn import ops
 from torchrnn._layer import OPTIONS, scalar_type
+from torchrnn._tools import script
 from torchrnn.layers import check_forget_bias, set_forget_bias
 from torchrnn.options import Options
 from torchrnn.packing import drop_packed_weights, packed_weights
@@ -20,6 +21,8 @@ from torchrnn.reference import Arguments
 
 class Cell(nn.RNNCellBase):
     """What the three cells share: everything but the form of the state and the gates' options."""
+
+    __prepare_scriptable__ = script.refuse
 
     def _options(self) -> Options:
         raise NotImplementedError
