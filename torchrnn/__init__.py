@@ -6,6 +6,7 @@ from torchrnn import contrib as contrib
 from torchrnn import ops as _ops  # noqa: F401  Registers the ops.
 from torchrnn import rnn_cell as rnn_cell
 from torchrnn._native import info as info
+from torchrnn._tools import counters as _counters  # noqa: F401  Enters the layers with counters.
 from torchrnn.cells import GRUCell as GRUCell
 from torchrnn.cells import LSTMCell as LSTMCell
 from torchrnn.cells import RNNCell as RNNCell

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from torchrnn._native import DTYPES
 from torchrnn.options import CELLS, Options
@@ -164,6 +165,8 @@ def check_lengths(name: str, x: Tensor, lengths: Tensor) -> None:
         raise ValueError(f"{name}: lengths must be int64 or int32, got {lengths.dtype}")
     # Values on an accelerator are not looked at: that would stop the host until the device has caught up.
     if lengths.device.type != "cpu" or torch.compiler.is_compiling() or transformed() or batch == 0:
+        return
+    if isinstance(lengths, FakeTensor):
         return
     low, high = (int(bound) for bound in torch.aminmax(lengths))
     if low < 0 or high > steps:
