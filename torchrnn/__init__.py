@@ -6,7 +6,9 @@ from torchrnn import contrib as contrib
 from torchrnn import ops as _ops  # noqa: F401  Registers the ops.
 from torchrnn import rnn_cell as rnn_cell
 from torchrnn._native import info as info
-from torchrnn._tools import counters as _counters  # noqa: F401  Enters the layers with counters.
+from torchrnn._tools import counters as _counters  # noqa: F401  These three enter the layers with tools.
+from torchrnn._tools import fx as _fx  # noqa: F401
+from torchrnn._tools import quantization as _quantization  # noqa: F401
 from torchrnn.cells import GRUCell as GRUCell
 from torchrnn.cells import LSTMCell as LSTMCell
 from torchrnn.cells import RNNCell as RNNCell
