@@ -145,6 +145,28 @@ def test_tracers_of_users_decide() -> None:
     assert not fx.Tracer().is_leaf_module(nn.Sequential(), "model")
 
 
+def test_features_are_extracted() -> None:
+    """By a tracer with its own way to call modules, and a graph that is cut, as torchvision does it."""
+
+    class Names(fx.Tracer):
+        def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+            name = self.path_of_module(m)
+            if self.is_leaf_module(m, name):
+                return self.create_proxy("call_module", name, args, kwargs)
+            return forward(*args, **kwargs)
+
+    model, args = Model(), inputs()
+    graph = Names().trace(model)
+    *_, output = graph.nodes
+    output.args = (next(node for node in graph.nodes if node.target == "own"),)
+    cut = fx.GraphModule(model, graph)
+    cut.graph.eliminate_dead_code()
+    cut.delete_all_unused_submodules()
+    cut.recompile()
+    assert [name for name, _ in cut.named_children()] == ["first", "own"]
+    assert_same(cut(*args), model.own(model.first(args[0])[0], lengths=args[2]))
+
+
 def test_functions_run_where_there_is_nothing_to_trace() -> None:
     cell = rnn_cell.GRUCell(4)
     x = torch.randn(2, 5, 3)

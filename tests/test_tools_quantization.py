@@ -14,6 +14,7 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from torch.nn.utils import parametrizations
 
 import torchrnn
+from torchrnn import rnn_cell
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{text}")
@@ -206,6 +207,22 @@ def test_graphs(mapping: ao.QConfigMapping) -> None:
     check(quantize, set())
 
 
+def test_graphs_with_cells_of_tensorflow() -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.out = rnn_cell.GRUCell(4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(torchrnn.dynamic_rnn(self.cell, x, dtype=torch.float32)[0])
+
+    model, x = Tagger().eval(), torch.randn(2, 5, 3)
+    quantized = convert_fx(prepare_fx(model, ao.QConfigMapping().set_global(_DYNAMIC), (x,)))
+    assert "quantized" in type(quantized.out).__module__
+    y, _ = torchrnn.dynamic_rnn(model.cell, x, dtype=x.dtype)
+    assert torch.equal(quantized(x), quantized.out(y))
+
+
 def test_graphs_keep_what_torch_does_not_take() -> None:
     class Tagger(nn.Module):
         def __init__(self) -> None:
@@ -222,7 +239,8 @@ def test_graphs_keep_what_torch_does_not_take() -> None:
     assert type(quantized.rnn) is torchrnn.LSTM
     assert type(quantized.gru) is torchrnn.GRU
     assert "quantized" in type(quantized.out).__module__
-    torch.testing.assert_close(quantized(*args), model(*args), rtol=0, atol=0.1)
+    y, _ = model.gru(model.rnn(args[0], lengths=args[1])[0])
+    assert torch.equal(quantized(*args), quantized.out(y))
     with pytest.raises(ValueError, match=r"name classes of torch\.nn, which stand for those of torchrnn too"):
         prepare_fx(model, ao.QConfigMapping().set_object_type(torchrnn.LSTM, _DYNAMIC), args)
 
