@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
+import subprocess
+import sys
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import leaves, one_thread
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import torchrnn
+from torchrnn import rnn_cell
 
 NAMES = ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"]
 
@@ -160,6 +166,129 @@ def test_what_torch_cannot_express_changes_nothing(kind: Any) -> None:
         torchrnn.convert(model, to="torch")
     assert type(model[0]) is torchrnn.LSTM
     assert type(model[1][0]) is kind
+
+
+def use(module: nn.Module, x: Tensor) -> None:
+    """Trains and infers, whereby a module may keep something."""
+    sum(leaf.sum() for leaf in leaves(module(x))).backward()
+    module.zero_grad()
+    with torch.no_grad():
+        for _ in range(2):
+            module(x)
+
+
+def saved(module: nn.Module) -> bytes:
+    file = io.BytesIO()
+    torch.save(module, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("how", ["converted", "built"])
+def test_nothing_of_ours_is_left(name: str, how: str) -> None:
+    plain = getattr(nn, name)(3, 5)
+    module, x = getattr(nn, name)(3, 5), torch.randn(30, 3) if name.endswith("Cell") else torch.randn(9, 4, 3)
+    if how == "built":
+        extras = {"forget_bias": 1.0} if name.startswith("LSTM") else {}
+        extras |= {} if name.endswith("Cell") else {"recompute": True}
+        module = getattr(torchrnn, name)(3, 5, **extras)
+    else:
+        torchrnn.convert(module)
+    use(module, x)
+    torchrnn.convert(module, to="torch")
+    assert vars(module).keys() == vars(plain).keys()
+    assert repr(module) == repr(plain)
+    assert b"torchrnn" not in saved(nn.Sequential(module))
+    use(module, x)
+    before = dict(vars(module))
+    use(torchrnn.convert(module), x)
+    torchrnn.convert(module, to="torch")
+    assert vars(module) == before
+
+
+def test_what_was_saved_loads_without_torchrnn(tmp_path: Path) -> None:
+    model = torchrnn.convert(nn.ModuleList([nn.LSTM(3, 5, 2, bidirectional=True), nn.GRUCell(3, 5)]))
+    inputs = torch.randn(9, 4, 3), torch.randn(4, 3)
+    for module, x in zip(model, inputs, strict=True):
+        use(module, x)
+    torchrnn.convert(model, to="torch")
+    torch.save(
+        (model, inputs, [run(module, x) for module, x in zip(model, inputs, strict=True)]), tmp_path / "all"
+    )
+    code = """
+import sys, torch
+sys.modules["torchrnn"] = None
+torch.set_num_threads(1)
+model, inputs, expected = torch.load(sys.argv[1], weights_only=False)
+(y, (h, c)), state = (module(x) for module, x in zip(model, inputs))
+assert all(torch.equal(a, b) for a, b in zip((y, h, c, state), sum(expected, [])))
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code, str(tmp_path / "all")], check=True)
+
+
+def old_weight_norm(module: nn.Module, name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(module, name)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        prune.identity,
+        lambda module, name: prune.l1_unstructured(module, name, amount=0.3),
+        old_weight_norm,
+        nn.utils.spectral_norm,
+        parametrizations.weight_norm,
+        parametrizations.orthogonal,
+    ],
+    ids=["identity", "pruned", "old weight_norm", "spectral_norm", "weight_norm", "orthogonal"],
+)
+@pytest.mark.parametrize("name", ["LSTM", "GRUCell"])
+def test_changed_weights_survive_both_ways(name: str, change: Callable[[nn.Module, str], object]) -> None:
+    module = getattr(nn, name)(3, 5).eval()
+    change(module, "weight_hh" if name.endswith("Cell") else "weight_hh_l0")
+    x = torch.randn(30, 3) if name.endswith("Cell") else torch.randn(9, 4, 3)
+    expected, keys, state = run(module, x), vars(module).keys(), list(module.state_dict())
+    torchrnn.convert(module)
+    use(module, x)
+    assert_close(run(module, x), expected)
+    torchrnn.convert(module, to="torch")
+    assert vars(module).keys() == keys
+    assert list(module.state_dict()) == state
+    assert_close(run(module, x), expected)
+    if not parametrize.is_parametrized(module):  # Which torch does not pickle.
+        assert b"torchrnn" not in saved(module)
+
+
+@pytest.mark.parametrize("name", NAMES[:3])
+def test_what_torch_keeps_of_its_layers_is_there_again(name: str) -> None:
+    options = {"num_layers": 2, "bidirectional": True, "batch_first": True}
+    x = torch.randn(4, 9, 3)
+    layer, plain = getattr(torchrnn, name)(3, 5, **options), getattr(nn, name)(3, 5, **options)
+    plain.load_state_dict(layer.state_dict())
+    use(layer, x)
+    torchrnn.convert(layer, to="torch")
+    for module in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert all(a is b for a, b in zip(module._flat_weights, module.parameters(), strict=True))
+        assert all(ref() is p for ref, p in zip(module._flat_weight_refs, module.parameters(), strict=True))
+        assert module._all_weights == plain._all_weights
+        module.flatten_parameters()
+        assert all(torch.equal(a, b) for a, b in zip(run(module, x), run(plain, x), strict=True))
+        module.double().float()
+        assert all(torch.equal(a, b) for a, b in zip(run(module, x), run(plain, x), strict=True))
+        zeros = {key: torch.zeros_like(value) for key, value in plain.state_dict().items()}
+        assert not torch.func.functional_call(module, zeros, (x,))[0].any()
+        module.weight_ih_l0 = nn.Parameter(torch.zeros_like(module.weight_ih_l0))
+        assert module._flat_weights[0] is module.weight_ih_l0
+
+
+def test_cells_of_tensorflow_are_named() -> None:
+    model = nn.Sequential(torchrnn.GRU(3, 5), rnn_cell.LSTMCell(5))
+    torchrnn.convert(model)
+    with pytest.warns(UserWarning, match=r"no sure counterpart: 1 \(torchrnn\.rnn_cell\.\w+\.LSTMCell\)$"):
+        torchrnn.convert(model, to="torch")
+    assert type(model[0]) is nn.GRU
 
 
 def test_bad_arguments() -> None:

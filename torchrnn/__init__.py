@@ -6,6 +6,9 @@ from torchrnn import contrib as contrib
 from torchrnn import ops as _ops  # noqa: F401  Registers the ops.
 from torchrnn import rnn_cell as rnn_cell
 from torchrnn._native import info as info
+from torchrnn._tools import counters as _counters  # noqa: F401  These three enter the layers with tools.
+from torchrnn._tools import fx as _fx  # noqa: F401
+from torchrnn._tools import quantization as _quantization  # noqa: F401
 from torchrnn.cells import GRUCell as GRUCell
 from torchrnn.cells import LSTMCell as LSTMCell
 from torchrnn.cells import RNNCell as RNNCell
@@ -13,6 +16,7 @@ from torchrnn.interop import convert as convert
 from torchrnn.layers import GRU as GRU
 from torchrnn.layers import LSTM as LSTM
 from torchrnn.layers import RNN as RNN
+from torchrnn.prepacking import prepack as prepack
 from torchrnn.unroll import bidirectional_dynamic_rnn as bidirectional_dynamic_rnn
 from torchrnn.unroll import bidirectional_rnn as bidirectional_rnn
 from torchrnn.unroll import dynamic_rnn as dynamic_rnn

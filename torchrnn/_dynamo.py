@@ -12,46 +12,18 @@ torch has no ``wrap_module``, nothing is patched and the graph breaks, as it doe
 from __future__ import annotations
 
 import functools
-import importlib.abc
-import importlib.machinery
 import sys
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
+
+from torchrnn._tools.imports import when_imported
 
 _BUILDER = "torch._dynamo.variables.builder"
 
 
 def allow(layer: type) -> None:
     """Makes Dynamo trace instances of the class ``layer`` instead of breaking the graph."""
-    if _BUILDER in sys.modules:
-        _patch(sys.modules[_BUILDER], layer)
-    else:
-        sys.meta_path.insert(0, _Finder(layer))
-
-
-class _Finder(importlib.abc.MetaPathFinder):
-    """Finds Dynamo's builder as the path does, once, and patches it when it has been executed."""
-
-    def __init__(self, layer: type) -> None:
-        self.layer = layer
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _BUILDER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                _patch(module, self.layer)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
+    when_imported(_BUILDER, functools.partial(_patch, layer=layer))
 
 
 def _patch(builder: ModuleType, layer: type) -> None:

@@ -75,7 +75,8 @@ def _way(module: Layer | Cell, x: Tensor) -> str:
     if why is not None:
         return why
     if x.device.type == "cpu":
-        return _cpu_kernels()
+        kept = any(packed is not None for packed in module._prepacked)
+        return _cpu_kernels() + (", on prepacked weights" if kept else "")
     return f"{_cuda_kernels(x.device)}, {_path(module, x)}"
 
 

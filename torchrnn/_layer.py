@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from torchrnn import _dynamo, ops, recompute
+from torchrnn._tools import script
 from torchrnn.differentiable import plain
 from torchrnn.options import Options
+from torchrnn.prepacking import Packed, Prepackable, pack
 from torchrnn.reference import Arguments
 
 OPTIONS = {
@@ -81,7 +83,7 @@ class _Packing:
         return padded.flatten(0, 1).index_select(0, self.rows)
 
 
-class Layer(nn.RNNBase):
+class Layer(Prepackable, nn.RNNBase):
     """What the three layers share: everything but the form of the state and the gates' options.
 
     The weights are read by name at every call, so replaced, reparametrized and computed ones are always seen
@@ -89,6 +91,8 @@ class Layer(nn.RNNBase):
     """
 
     recompute: bool = False  # On the class: pickles of torch.nn layers do not have it.
+
+    __prepare_scriptable__ = script.refuse
 
     def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
         if not isinstance(recompute, bool):
@@ -116,6 +120,13 @@ class Layer(nn.RNNBase):
 
     def flatten_parameters(self) -> None:
         """Does nothing: no kernel needs the weights in one block of memory."""
+
+    def _pack(self) -> tuple[Packed | None, ...]:
+        directions = 2 if self.bidirectional else 1
+        count = directions * len(self._all_weights[0])
+        weights = [self._parameters.get(name) for name in self._flat_weights_names]
+        each = (weights[begin : begin + count] for begin in range(0, len(weights), count))
+        return tuple(pack(own, self._options(), self.bias, self.proj_size > 0) for own in each)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -211,25 +222,23 @@ class Layer(nn.RNNBase):
         if not ops.infers(input, weights, h0, c0) or input.dim() != 3 or (self.training and self.dropout):
             return None
         x = input.transpose(0, 1) if self.batch_first else input
-        directions = 2 if self.bidirectional else 1
-        count = directions * len(self._all_weights[0])
         rest = *self._options().codes, self.bias, self.proj_size > 0
         finals = []
         try:
             if self.num_layers == 1:
-                x, *states = ops.plain_layer(x, weights, h0, c0, *rest)
+                x, *states = ops.infer(x, weights, (h0, c0), rest, (*self._prepacked, None)[0])
                 finals.append(states)
             else:
-                if h0 is not None and h0.size(0) != self.num_layers * directions:
-                    return None
-                if c0 is not None and c0.size(0) != self.num_layers * directions:
-                    return None
-                for layer in range(self.num_layers):
+                directions = 2 if self.bidirectional else 1
+                count = directions * len(self._all_weights[0])
+                for state in (h0, c0):
+                    if state is not None and state.size(0) != self.num_layers * directions:
+                        return None
+                for layer, packed in enumerate(self._prepacked or [None] * self.num_layers):
                     rows = slice(layer * directions, (layer + 1) * directions)
-                    first = (None if state is None else state[rows] for state in (h0, c0))
-                    x, *states = ops.plain_layer(
-                        x, weights[layer * count : (layer + 1) * count], *first, *rest
-                    )
+                    first = [None if state is None else state[rows] for state in (h0, c0)]
+                    own = weights[layer * count : (layer + 1) * count]
+                    x, *states = ops.infer(x, own, first, rest, packed)
                     finals.append(states)
         except RuntimeError:
             return None
@@ -274,7 +283,10 @@ class Layer(nn.RNNBase):
             w_hr = rest[-1] if self.proj_size > 0 else []
             a = Arguments(x, w_ih, w_hh, b_ih, b_hh, w_hr, h0=h0, c0=c0, lengths=lengths, resets=resets)
             try:
-                x, _, h_n, c_n = (recompute if self.recompute else ops).layer(a, options)
+                if self._prepacked:
+                    x, _, h_n, c_n = ops.layer(a, options, packed=self._prepacked[layer])
+                else:
+                    x, _, h_n, c_n = (recompute if self.recompute else ops).layer(a, options)
             except ValueError:
                 problem = _torch_problem(a)
                 if problem is None:

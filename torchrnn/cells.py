@@ -12,14 +12,18 @@ from torch import Tensor, nn
 
 from torchrnn import ops
 from torchrnn._layer import OPTIONS, scalar_type
+from torchrnn._tools import script
 from torchrnn.differentiable import plain
 from torchrnn.layers import check_forget_bias, set_forget_bias
 from torchrnn.options import Options
+from torchrnn.prepacking import Packed, Prepackable, pack
 from torchrnn.reference import Arguments
 
 
-class Cell(nn.RNNCellBase):
+class Cell(Prepackable, nn.RNNCellBase):
     """What the three cells share: everything but the form of the state and the gates' options."""
+
+    __prepare_scriptable__ = script.refuse
 
     def _options(self) -> Options:
         raise NotImplementedError
@@ -31,6 +35,10 @@ class Cell(nn.RNNCellBase):
         if hx.dim() not in (1, 2):
             raise ValueError(f"{self._name()}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
         return (hx,)
+
+    def _pack(self) -> tuple[Packed | None, ...]:
+        weights = [self._parameters.get(name) for name in _NAMES]
+        return (pack(weights if self.bias else weights[:2], self._options(), self.bias, False),)
 
     def _hidden(self, h: Tensor, c_n: Tensor) -> Any:
         """Returns h and c_n [1, B, H] in the form that the caller has."""
@@ -55,7 +63,7 @@ class Cell(nn.RNNCellBase):
             ValueError: If a rank does not fit, as in ``torch.nn``.
             RuntimeError: Where ``torch.nn`` raises it: if a size, dtype or device does not fit.
         """
-        if plain():
+        if not self._prepacked and plain():
             state = self._infer(input, hx)
             if state is not None:
                 return state
@@ -72,7 +80,7 @@ class Cell(nn.RNNCellBase):
         b_hh: list[Tensor] = [] if self.bias_hh is None else [self.bias_hh]
         a = Arguments(x, [self.weight_ih], [self.weight_hh], b_ih, b_hh, h0=h0, c0=c0)
         try:
-            _, _, h_n, c_n = ops.layer(a, self._options())
+            _, _, h_n, c_n = ops.layer(a, self._options(), packed=(*self._prepacked, None)[0])
         except ValueError:
             problem = _torch_problem(a)
             if problem is None:

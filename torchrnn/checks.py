@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from torchrnn._native import DTYPES
 from torchrnn.differentiable import transformed
@@ -172,7 +173,7 @@ def _has_values(tensor: Tensor) -> bool:
     return not (
         tensor.device.type != "cpu"
         or torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
+        or isinstance(tensor, FakeTensor)
         or torch._C._get_tracing_state() is not None
         or transformed()
     )

@@ -18,6 +18,7 @@ from torchrnn import _native, cuda, reference
 from torchrnn.checks import check
 from torchrnn.differentiable import DifferentiableOp
 from torchrnn.options import ACTIVATIONS, CELLS, Options
+from torchrnn.prepacking import Packed, layer_packed, refuse_gradient, usable
 from torchrnn.reference import PARTS, Arguments
 
 # ``weights`` are those of one direction after the other, of each the parts that the layer has, in the order
@@ -40,7 +41,7 @@ _ACTIVATION_NAMES = {code: name for name, code in ACTIVATIONS.items()}
 
 
 def layer(
-    a: Arguments, options: Options, all_states: bool = False
+    a: Arguments, options: Options, all_states: bool = False, packed: Packed | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Runs one recurrent layer over a sequence, all its directions in one call.
 
@@ -49,6 +50,7 @@ def layer(
             (float32, float64, bfloat16 or float16) and device; any strides.
         options: The cell and its variations.
         all_states: Whether to return the c of every step.
+        packed: What was packed of these weights, if it was.
 
     Returns:
         ``(y, c_all, h_n, c_n)`` with shapes [T, B, D*R], [T, B, D*H], [D, B, R], [D, B, H]. Outputs past a
@@ -58,8 +60,14 @@ def layer(
     Raises:
         ValueError: If a shape, dtype, device, length or combination does not hold.
         TypeError: If an argument is not a tensor where one is required.
+        RuntimeError: If a gradient is wanted and the weights are packed.
     """
+    weights = in_order(a) if packed is not None else []
     a = checked(a, options)
+    if packed is not None and usable(packed, weights):
+        refuse_gradient(options.cell, a.differentiable)
+        y, h_n, c_n = layer_packed(a.x, packed.data, a.h0, a.c0, a.lengths, a.resets, *packed.scalars)
+        return y, None, h_n, c_n
     if reference_only(a):
         y, c_all, h_n, c_n = reference.layer(a, options, all_states)
     else:
@@ -84,7 +92,7 @@ def reference_only(a: Arguments) -> bool:
 
 
 def flat(a: Arguments, options: Options, all_states: bool = False) -> tuple[Any, ...]:
-    """Returns checked arguments as the op ``layer`` has them; ``_unflatten`` undoes it."""
+    """Returns checked arguments as the op ``layer`` has them; ``unflatten`` undoes it."""
     # CPU kernels read neither, and a small call would feel the questions.
     tf32, path = (False, 0) if a.x.is_cpu else (cuda.allows_tf32(), cuda.forced())
     return (
@@ -119,9 +127,10 @@ def autocast(a: Arguments) -> Arguments:
 # What the ops are made of ----------------------------------------------------------------------------------
 
 
-def _unflatten(inputs: Sequence[Any], options: Sequence[Any]) -> tuple[Arguments, Options]:
-    """Turns tensors and options, as the schema has them, back into objects."""
-    x, weights, *states = inputs
+def unflatten(args: Sequence[Any]) -> tuple[Arguments, Options]:
+    """Turns the arguments of the op ``layer`` back into objects."""
+    x, weights, *states = args[: len(_INPUTS)]
+    options = args[len(_INPUTS) :]
     cell, activation, bias, projection, peephole, norm, cell_clip, proj_clip, norm_eps, reverse = options[:10]
     there = (True, True, bias, bias, projection, peephole, norm, norm)
     count = sum(there)
@@ -139,11 +148,11 @@ def _unflatten(inputs: Sequence[Any], options: Sequence[Any]) -> tuple[Arguments
 
 
 def _reference(inputs: Sequence[Any], options: Sequence[Any]) -> tuple[Tensor, ...]:
-    return reference.layer(*_unflatten(inputs, options), options[-1])
+    return reference.layer(*unflatten([*inputs, *options]), options[-1])
 
 
 def _fake(inputs: Sequence[Any], options: Sequence[Any]) -> tuple[Tensor, ...]:
-    a, named = _unflatten(inputs, options)
+    a, named = unflatten([*inputs, *options])
     check(a, named, values=False)
     (steps, batch, _), (rows, outputs) = a.x.shape, a.weight_hh[0].shape
     cell, directions = CELLS[named.cell], len(a.weight_hh)
@@ -201,3 +210,33 @@ def infers(x: Any, weights: Sequence[Any], *states: Any) -> bool:
         if type(weight) is not nn.Parameter and type(weight) is not Tensor:
             return False
     return all(state is None or type(state) is Tensor for state in states)
+
+
+def infer(
+    x: Tensor,
+    weights: Sequence[Any],
+    states: Sequence[Tensor | None],
+    rest: tuple[Any, ...],
+    packed: Packed | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs one layer of a call that ``infers``.
+
+    Args:
+        x: [T, B, I]
+        weights: As the ops have them.
+        states: h0 and c0, or None.
+        rest: The last arguments of ``plain_layer``.
+        packed: What was packed of the weights, if it was.
+
+    Returns:
+        ``(y, h_n, c_n)`` of ``layer``.
+
+    Raises:
+        RuntimeError: If the op refuses an argument.
+    """
+    results: tuple[Tensor, Tensor, Tensor]
+    if packed is not None and x.dtype == weights[0].dtype and usable(packed, weights):
+        results = layer_packed(x, packed.data, *states, None, None, *packed.scalars)
+    else:
+        results = plain_layer(x, weights, *states, *rest)
+    return results

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from torchrnn._explain import explain_layer, explain_ops
 from torchrnn._layer import Layer
+from torchrnn._tools import fx
 from torchrnn.cells import Cell
 from torchrnn.rnn_cell.base import (
     Nest,
@@ -89,6 +90,7 @@ def explain(module: Any, input: Any = None) -> str:
 # One direction --------------------------------------------------------------------------------------------
 
 
+@fx.node
 def dynamic_rnn(
     cell: Any,
     inputs: Nest,
@@ -129,6 +131,7 @@ def dynamic_rnn(
     return outputs if time_major else _swap(outputs), state
 
 
+@fx.node
 def static_rnn(
     cell: Any,
     inputs: Sequence[Nest],
@@ -196,6 +199,7 @@ def static_state_saving_rnn(
 # Two directions -------------------------------------------------------------------------------------------
 
 
+@fx.node
 def bidirectional_dynamic_rnn(
     cell_fw: Any,
     cell_bw: Any,
@@ -228,6 +232,7 @@ def bidirectional_dynamic_rnn(
     return (out_fw, out_bw), (state_fw, state_bw)
 
 
+@fx.node
 def static_bidirectional_rnn(
     cell_fw: Any,
     cell_bw: Any,
@@ -256,6 +261,7 @@ bidirectional_rnn = static_bidirectional_rnn
 """The name in TensorFlow 0.x."""
 
 
+@fx.node
 def stack_bidirectional_dynamic_rnn(
     cells_fw: list[Any],
     cells_bw: list[Any],
@@ -305,6 +311,7 @@ def stack_bidirectional_dynamic_rnn(
     return inputs, tuple(states_fw), tuple(states_bw)
 
 
+@fx.node
 def stack_bidirectional_rnn(
     cells_fw: list[Any],
     cells_bw: list[Any],

@@ -184,9 +184,8 @@ FourTensors scan_gradient(const MaybeTensor& dy, const MaybeTensor& dh_n, const 
   else
     kernels().scan_backward_f64(q, scan_team(p, info.gates), run_team);
   // The kernel writes the others too, as it carries them from step to step.
-  const Tensor none = rounded(empty({0}, wide_dtype), dtype);
   const auto result = [&](const Tensor& gradient, bool wanted) {
-    return wanted ? rounded(gradient, dtype) : none;
+    return rounded(wanted ? gradient : empty({0}, wide_dtype), dtype);
   };
   return {result(dwx, needs.wx), result(du, need_du), result(dh0, needs.h0 && a.h0.has_value()),
           result(dc0, needs.c0 && a.c0.has_value())};

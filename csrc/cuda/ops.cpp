@@ -200,10 +200,9 @@ LayerGradient backward(const MaybeTensor& dy, const MaybeTensor& dc_all, const M
   const auto rounded = [&](const Tensor& sum) {
     return dtype == kAcc<Acc> ? sum : torch::stable::to(call.keep(sum), dtype);
   };
-  const Tensor none = call.empty({0});
-  LayerGradient grad{none,
-                     needs.h0 && a.h0.has_value() ? rounded(dh0) : none,
-                     needs.c0 && a.c0.has_value() ? rounded(dc0) : none,
+  LayerGradient grad{call.empty({0}),
+                     needs.h0 && a.h0.has_value() ? rounded(dh0) : call.empty({0}),
+                     needs.c0 && a.c0.has_value() ? rounded(dc0) : call.empty({0}),
                      {}};
   if (needs.x) {
     // Summed over the directions before it is rounded.

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from torchrnn import ops
+from torchrnn._tools import script
 from torchrnn.interop.arrays import as_array, as_tensor
 from torchrnn.options import Options
 from torchrnn.reference import Arguments
@@ -136,6 +137,8 @@ class KerasCell(nn.Module):
     kernel: nn.Parameter
     recurrent_kernel: nn.Parameter
     bias: nn.Parameter | None
+
+    __prepare_scriptable__ = script.refuse
 
     def __init__(self, config: Mapping[str, Any], weights: list[Tensor], keras_version: int) -> None:
         super().__init__()

@@ -23,6 +23,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter, is_lazy
 from torch.utils import _pytree as pytree
 
+from torchrnn._tools import script
+
 Nest = Any
 """A tensor, a size, or a structure of them."""
 Activation = Callable[[Tensor], Tensor]
@@ -247,6 +249,8 @@ class RNNCell(LazyModuleMixin, nn.Module):
     """TensorFlow's name of the variable scope of the class; empty for a cell that adds none."""
 
     cls_to_become = None
+
+    __prepare_scriptable__ = script.refuse
 
     _zero_state_takes_device = True
 
