@@ -19,7 +19,7 @@ from torchrnn._tools import script
 from torchrnn.differentiable import plain
 from torchrnn.options import Options
 from torchrnn.prepacking import Packed, Prepackable, pack
-from torchrnn.reference import Arguments
+from torchrnn.reference import Arguments, autocast_dtype, cast
 
 OPTIONS = {
     "LSTM": Options(cell="lstm"),
@@ -271,6 +271,9 @@ class Layer(Prepackable, nn.RNNBase):
         options = self._options()
         directions = 2 if self.bidirectional else 1
         finals = []
+        # As in torch.nn, whose LSTM rounds them unless there is a projection.
+        keeps_state = self.mode == "GRU" or self.proj_size > 0
+        state_dtype = (states[0] if states else x).dtype if keeps_state else None
         for layer in range(self.num_layers):
             if layer and self.training and self.dropout != 0:
                 x = self._drop(x, packing)
@@ -283,15 +286,18 @@ class Layer(Prepackable, nn.RNNBase):
             w_hr = rest[-1] if self.proj_size > 0 else []
             a = Arguments(x, w_ih, w_hh, b_ih, b_hh, w_hr, h0=h0, c0=c0, lengths=lengths, resets=resets)
             try:
-                if self._prepacked:
-                    x, _, h_n, c_n = ops.layer(a, options, packed=self._prepacked[layer])
+                if self.recompute and not self._prepacked:
+                    x, _, h_n, c_n = recompute.layer(a, options, state_dtype=state_dtype)
                 else:
-                    x, _, h_n, c_n = (recompute if self.recompute else ops).layer(a, options)
+                    packed = self._prepacked[layer] if self._prepacked else None
+                    x, _, h_n, c_n = ops.layer(a, options, packed=packed, state_dtype=state_dtype)
             except ValueError:
                 problem = _torch_problem(a)
                 if problem is None:
                     raise
                 raise RuntimeError(problem) from None
+            if self.proj_size > 0 and (dtype := autocast_dtype(x.device.type)) is not None:
+                x, h_n = cast([x, h_n], dtype)  # The product with weight_hr is autocast's.
             finals.append((h_n, c_n))
         return x, self._stacked(finals)
 

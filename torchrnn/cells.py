@@ -79,8 +79,13 @@ class Cell(Prepackable, nn.RNNCellBase):
         b_ih: list[Tensor] = [] if self.bias_ih is None else [self.bias_ih]
         b_hh: list[Tensor] = [] if self.bias_hh is None else [self.bias_hh]
         a = Arguments(x, [self.weight_ih], [self.weight_hh], b_ih, b_hh, h0=h0, c0=c0)
+        options = self._options()
+        # As in torch.nn: under autocast only what a product gives as it is has its dtype.
+        state_dtype = None if options.cell == "rnn" else (x if h0 is None else h0).dtype
         try:
-            _, _, h_n, c_n = ops.layer(a, self._options(), packed=(*self._prepacked, None)[0])
+            _, _, h_n, c_n = ops.layer(
+                a, options, packed=(*self._prepacked, None)[0], state_dtype=state_dtype
+            )
         except ValueError:
             problem = _torch_problem(a)
             if problem is None:

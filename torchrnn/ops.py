@@ -41,7 +41,12 @@ _ACTIVATION_NAMES = {code: name for name, code in ACTIVATIONS.items()}
 
 
 def layer(
-    a: Arguments, options: Options, all_states: bool = False, packed: Packed | None = None
+    a: Arguments,
+    options: Options,
+    all_states: bool = False,
+    *,
+    packed: Packed | None = None,
+    state_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Runs one recurrent layer over a sequence, all its directions in one call.
 
@@ -51,6 +56,8 @@ def layer(
         options: The cell and its variations.
         all_states: Whether to return the c of every step.
         packed: What was packed of these weights, if it was.
+        state_dtype: What autocast on the CPU leaves the states at if that is wider than its own dtype, and
+            then everything; None to leave nothing.
 
     Returns:
         ``(y, c_all, h_n, c_n)`` with shapes [T, B, D*R], [T, B, D*H], [D, B, R], [D, B, H]. Outputs past a
@@ -63,7 +70,7 @@ def layer(
         RuntimeError: If a gradient is wanted and the weights are packed.
     """
     weights = in_order(a) if packed is not None else []
-    a = checked(a, options)
+    a = checked(a, options, state_dtype)
     if packed is not None and usable(packed, weights):
         refuse_gradient(options.cell, a.differentiable)
         y, h_n, c_n = layer_packed(a.x, packed.data, a.h0, a.c0, a.lengths, a.resets, *packed.scalars)
@@ -75,11 +82,11 @@ def layer(
     return y, c_all if all_states else None, h_n, c_n
 
 
-def checked(a: Arguments, options: Options) -> Arguments:
+def checked(a: Arguments, options: Options, state_dtype: torch.dtype | None = None) -> Arguments:
     """Raises for mistakes; returns the arguments in autocast's dtype, all on one device."""
     if not isinstance(a.x, Tensor):
         raise TypeError(f"{options.cell}: x must be a tensor, got {type(a.x).__name__}")
-    a = autocast(a)
+    a = autocast(a, state_dtype)
     check(a, options)
     if a.lengths is not None and a.lengths.device != a.x.device:
         a = a._replace(lengths=a.lengths.to(a.x.device))
@@ -109,19 +116,14 @@ def in_order(a: Arguments) -> list[Tensor]:
     return [weight for one in zip(*filter(None, a.lists), strict=True) for weight in one]
 
 
-def autocast(a: Arguments) -> Arguments:
-    """Brings the floating tensors to autocast's dtype, if autocast is on; float64 stays as it is."""
-    device = a.x.device.type
-    if not reference.autocasts(device):
-        return a
-    dtype = torch.get_autocast_dtype(device)
+def autocast(a: Arguments, state_dtype: torch.dtype | None = None) -> Arguments:
+    """Brings the floating tensors to autocast's dtype, if autocast is on; float64 stays as it is.
 
-    def cast(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.to(dtype) if value.is_floating_point() and value.dtype != torch.float64 else value
-        return value if value is None else [cast(tensor) for tensor in value]
-
-    return Arguments._make(map(cast, a))
+    ``torch.nn`` rounds the states of some of its layers and cells on the CPU, and leaves others in float32,
+    with which their sums are float32 too. These are computed in float32 throughout.
+    """
+    dtype = reference.autocast_dtype(a.x.device.type, state_dtype)
+    return a if dtype is None else Arguments._make(reference.cast(value, dtype) for value in a)
 
 
 # What the ops are made of ----------------------------------------------------------------------------------

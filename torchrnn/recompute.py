@@ -22,7 +22,9 @@ CHUNK_ROWS = 1024
 """Rows (T*B) computed again at a time: enough for large products, and little beside a long sequence."""
 
 
-def layer(a: Arguments, options: Options) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+def layer(
+    a: Arguments, options: Options, *, state_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Does what ``ops.layer`` does; gradients cost one more forward pass and a fraction of the memory.
 
     A second derivative keeps everything, as ``ops.layer`` does; so does a call under a transform, tracer or
@@ -34,8 +36,8 @@ def layer(a: Arguments, options: Options) -> tuple[Tensor, Tensor | None, Tensor
         or torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
     ):
-        return ops.layer(a, options)
-    a = ops.checked(a, options)
+        return ops.layer(a, options, state_dtype=state_dtype)
+    a = ops.checked(a, options, state_dtype)
     # Of the variations only peepholes and activations are known below.
     varied = a.norm_gain or a[13:] != (None,) * 4 or (options.cell_clip, options.proj_clip) != (None, None)
     variables = a.differentiable

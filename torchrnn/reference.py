@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -165,6 +165,28 @@ def autocasts(device: str) -> bool:
     # torch 2.11 cannot trace the question which has. Those that are compiled for have it, but for meta.
     known = device != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(device)
     return known and torch.is_autocast_enabled(device)
+
+
+def autocast_dtype(device: str, state_dtype: torch.dtype | None = None) -> torch.dtype | None:
+    """Returns what autocast computes with on a type of device; None if it is off.
+
+    Args:
+        device: The type.
+        state_dtype: What the states have if autocast leaves them alone, as it does on the CPU only.
+    """
+    if not autocasts(device):
+        return None
+    dtype = torch.get_autocast_dtype(device)
+    if state_dtype is None or device != "cpu" or state_dtype == torch.float64:
+        return dtype
+    return torch.promote_types(dtype, state_dtype)
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """Brings tensors, in lists too, to a dtype; those of integers and float64 stay as they are."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() and value.dtype != torch.float64 else value
+    return value if value is None else [cast(tensor, dtype) for tensor in value]
 
 
 def layer(a: Arguments, options: Options, all_states: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -21,7 +21,7 @@ from torchrnn.checks import check_lengths
 from torchrnn.differentiable import DifferentiableOp
 from torchrnn.options import ACTIVATIONS
 from torchrnn.reference import _ACTIVATIONS as FUNCTIONS
-from torchrnn.reference import autocasts
+from torchrnn.reference import autocast_dtype, cast
 
 
 class ScanCell(NamedTuple):
@@ -98,7 +98,10 @@ def scan(
         TypeError: If an argument is not a tensor where one is required.
     """
     _check_cell(cell, wx, activation)
-    wx, u, h0, c0, lengths, mask_h, mask_c = _autocast(wx, u, h0, c0, lengths, mask_h, mask_c)
+    state = next((state for state in (h0, c0) if state is not None), wx)
+    dtype = autocast_dtype(wx.device.type, state.dtype)
+    if dtype is not None:
+        wx, u, h0, c0, mask_h, mask_c = cast([wx, u, h0, c0, mask_h, mask_c], dtype)
     _check_tensors(cell, wx, {"h0": h0, "c0": c0, "mask_h": mask_h, "mask_c": mask_c}, u)
     if lengths is not None:
         check_lengths(cell, wx, lengths)
@@ -107,18 +110,6 @@ def scan(
         wx, u, h0, c0, lengths, mask_h, mask_c, CELLS[cell].code, ACTIVATIONS[activation], reverse
     )
     return y, h_n, c_n
-
-
-def _autocast(wx: Tensor, *others: Tensor | None) -> Any:
-    """Brings the floating tensors to autocast's dtype, if autocast is on; float64 stays as it is."""
-    device = wx.device.type
-    if not autocasts(device):
-        return wx, *others
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in (wx, *others)
-    )
 
 
 # Argument errors ------------------------------------------------------------------------------------------

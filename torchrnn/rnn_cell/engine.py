@@ -90,5 +90,7 @@ def run_layer(
         mask_c=spread(masks[1]),
     )
     options = replace(options, reverse=run.reverse, norm_eps=epsilon)
-    y, _, h_n, c_n = ops.layer(a, options)
+    # As step by step: under autocast only what a product gives as it is has its dtype.
+    state_dtype = None if options.cell == "rnn" else h0.dtype
+    y, _, h_n, c_n = ops.layer(a, options, state_dtype=state_dtype)
     return y, h_n[0], c_n if c0 is None else c_n[0]
