@@ -78,6 +78,7 @@ struct BackwardParams {
   T* dh0;  // [D, B, R]
   T* dc0;  // [D, B, H]
   DirectionWeights<T> dweights[kMaxDirections];
+  bool needs_weights;  // whether dweights are wanted: an array of no numbers is a null pointer too
 };
 
 }  // namespace torchrnn

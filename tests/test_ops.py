@@ -35,7 +35,7 @@ def arguments(
     rows, outputs = CELLS[cell].gates * hidden, projection or hidden
 
     def new(*shape: int) -> Tensor:
-        scale = shape[-1] ** -0.5 if len(shape) == 2 else 1.0
+        scale = max(shape[-1], 1) ** -0.5 if len(shape) == 2 else 1.0
         return (torch.randn(shape, dtype=torch.float64) * scale).to(dtype).requires_grad_(requires_grad)
 
     def each(*shape: int) -> list[Tensor]:

@@ -82,7 +82,7 @@ struct Backward {
 
   bool backwards(int d) const { return p.reverse || d == 1; }
   bool has_second() const { return kTwoHalves || p.projected; }
-  bool needs_weights() const { return q.dweights[0].weight_ih != nullptr; }
+  bool needs_weights() const { return q.needs_weights; }
   int64_t at(int64_t t, int64_t b) const { return t * p.batch + b; }
   const T* tape(int d, int64_t t, int64_t b) const {
     return p.tape + (d * p.steps * p.batch + at(t, b)) * tape_size<C>(p);

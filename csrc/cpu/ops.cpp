@@ -273,6 +273,7 @@ LayerGradient backward(const MaybeTensor& dy, const MaybeTensor& dc_all, const M
                      gradient(maybe(a.h0), needs.h0, q.dh0),
                      gradient(maybe(a.c0), needs.c0, q.dc0),
                      {}};
+  q.needs_weights = needs.weights;
   if (needs.weights)
     for (int64_t d = 0; d < p.directions; ++d)
       for (const Part part : kAllParts)

@@ -220,8 +220,9 @@ class KerasCell(nn.Module):
         b_ih, b_hh = ([] if b is None else [gate_vector(b, self.order)] for b in self.biases())
         h0, c0 = [*(each.unsqueeze(0) for each in state), None][:2]
         a = Arguments(x, [w_ih], [w_hh], b_ih, b_hh, h0=h0, c0=c0, lengths=lengths)
-        state_dtype = None if self.cell == "rnn" else state[0].dtype
-        y, _, *final = ops.layer(a, Options(cell=self.cell, activation=activation), state_dtype=state_dtype)
+        y, _, *final = ops.layer(
+            a, Options(cell=self.cell, activation=activation), state_dtype=state[0].dtype
+        )
         return y, [each[0] for each in final[: self.states]]
 
     def extra_repr(self) -> str:

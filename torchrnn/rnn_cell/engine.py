@@ -90,7 +90,6 @@ def run_layer(
         mask_c=spread(masks[1]),
     )
     options = replace(options, reverse=run.reverse, norm_eps=epsilon)
-    # As step by step: under autocast only what a product gives as it is has its dtype.
-    state_dtype = None if options.cell == "rnn" else h0.dtype
-    y, _, h_n, c_n = ops.layer(a, options, state_dtype=state_dtype)
+    # As step by step, where sums with the state or a bias are wider than autocast's products.
+    y, _, h_n, c_n = ops.layer(a, options, state_dtype=h0.dtype)
     return y, h_n[0], c_n if c0 is None else c_n[0]
