@@ -17,10 +17,10 @@ import torch
 import torchrnn
 from bench import contention, floors, memory, peers, results, timing
 from bench import run as bench_run
+from bench.adapters.cells import CELLS, make_cell
+from bench.adapters.loop import CompiledLoop
+from bench.adapters.onnx import OnnxRuntime, OpenVino, missing
 from bench.cases import GATES, QUICK, QUICK_TF, SUITES, TF_PRODUCTS, Case
-from bench.peers.cells import CELLS, make_cell
-from bench.peers.loop import CompiledLoop
-from bench.peers.onnx import OnnxRuntime, OpenVino, missing
 
 SMALL = [
     Case(cell, "infer", 5, 3, 7, 8, directions, layers, ragged, streaming=streaming)

@@ -24,8 +24,8 @@ from bench import gpu, gpu_cases, gpu_dispatch, gpu_floors, report, results, tim
 from bench.cases import GATES, Case
 from bench.gpu_cases import LEAST, PERSISTENT, SMALL, STANDARD
 from bench.gpu_device import Cuda
+from bench.gpu_peers import COMPILE_SECONDS, Ours, TorchLayer, make_peers, size_of
 from bench.peers import Problem, Run
-from bench.peers.gpu import COMPILE_SECONDS, Ours, TorchLayer, make_peers, size_of
 from bench.results import Gpu, GpuRow
 
 TINY = Case("lstm", "infer", 4, 1, 8, 8, dtype="bfloat16")
@@ -442,7 +442,7 @@ def test_compiling_peers_have_few_rows_and_need_time(monkeypatch: pytest.MonkeyP
     }
     assert 0 < counts["torch.nn fp16"] < len(gpu_cases.grid()) / 3
     loop = by_name["compiled loop"]
-    monkeypatch.setattr("bench.peers.gpu.COMPILED_SIZES", (size_of(TINY),))
+    monkeypatch.setattr("bench.gpu_peers.COMPILED_SIZES", (size_of(TINY),))
     monkeypatch.setattr(type(loop), "available", lambda self: None)
     assert loop.supports(TINY)
     row = row_of(TINY, remaining=COMPILE_SECONDS - 1)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from bench.adapters.problem import Kind, Problem, Run, make_layer, make_run
 from bench.cases import Case
-from bench.peers.problem import Kind, Problem, Run, make_layer, make_run
 
 Forward = Callable[[nn.Module, Tensor, Any, Tensor | None], tuple[Tensor, Any]]
 Layers = dict[str, Kind]

@@ -1,4 +1,4 @@
-"""What is measured against what: adapters that make a library run a case, and what they get wrong."""
+"""What is measured against what, and what they get wrong."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 import torchrnn
+from bench.adapters.cells import Unrolled
+from bench.adapters.layers import Layers, TorchLayer, lengths_forward, packed_forward
+from bench.adapters.loop import CompiledLoop
+from bench.adapters.onnx import OnnxRuntime, OpenVino
+from bench.adapters.problem import Peer, Problem, Run, make_problem
 from bench.cases import TF_PRODUCTS, Case
-from bench.peers.cells import Unrolled
-from bench.peers.layers import Layers, TorchLayer, lengths_forward, packed_forward
-from bench.peers.loop import CompiledLoop
-from bench.peers.onnx import OnnxRuntime, OpenVino
-from bench.peers.problem import Peer, Problem, Run, make_problem
 
 __all__ = [
     "EXACT",
