@@ -65,6 +65,7 @@ class StandIn:
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(timing, "SAMPLE_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "WARM_UP_SECONDS", 0.0)
     monkeypatch.setattr(timing, "MOST_REPEATS", timing.LEAST_REPEATS)
     monkeypatch.setattr(timing.gc, "collect", lambda: 0)  # A tenth of a second for each row.
     with one_thread():
@@ -196,7 +197,7 @@ def test_copy_without_a_repository_is_of_the_commit_that_is_named(
     arguments = ["--quick", "--filter", "gru-b2-t4-h8-bf16-infer", "--out", str(tmp_path), "--commit", "abc"]
     assert gpu.main(arguments, StandIn()) == 0
     assert results.load(tmp_path / "bench.json").commit != "abc"
-    monkeypatch.setattr(results, "git", lambda *_: "")
+    monkeypatch.setattr(results, "git", lambda *_, **__: "")
     assert gpu.main(arguments, StandIn()) == 0
     found = results.load(tmp_path / "bench.json")
     assert (found.commit, found.dirty) == ("abc", False)
