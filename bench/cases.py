@@ -127,7 +127,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Suite:
-    """Cases, the names of the peers that they are compared with, and the seconds for each."""
+    """Cases, the names of the peers that they are compared with, and the seconds for each case."""
 
     cases: tuple[Case, ...]
     peers: tuple[str, ...]
@@ -243,8 +243,8 @@ SUITES = {
     "half": Suite(tuple(half()), ("torch.nn", "torchrnn fp32")),
     "sweep": Suite(tuple(sweep()), ()),
     "tf": Suite(tuple(tf(TF_SIZE)), TF_PEERS),
-    "small": Suite(tuple(small(SMALL)), ("torch.nn",), 0.8),
-    "small-grad": Suite(tuple(small(SMALL, "grad")), ("torch.nn",), 0.8),
+    "small": Suite(tuple(small(SMALL)), ("torch.nn",), 0.5),
+    "small-grad": Suite(tuple(small(SMALL, "grad")), ("torch.nn",), 0.5),
     "stream": Suite(tuple(stream(STREAM_WIDTHS)), ("torch.nn",)),
 }
 ALL = ("infer", "train")

@@ -40,10 +40,10 @@ class Before:
         self.run: Run = self.peer.prepare(make_problem(self.case))
         gc.collect()
 
-    def sample(self, calls: int) -> float:
+    def sample(self, calls: int, clock: timing.Clock) -> float:
         """Returns the seconds of that many steps of the case that was prepared last."""
         with grad_mode(self.case):
-            return timing.sample(self.run, calls)
+            return timing.sample(self.run, calls, clock)
 
     def values(self) -> list[torch.Tensor]:
         """Returns what a step computes."""
@@ -55,6 +55,7 @@ def main(asked: dict[str, Any]) -> None:
     torch.set_num_threads(asked["threads"])
     before = Before(asked["checkout"])
     gc.disable()
+    gc.freeze()  # So that collecting what a case leaves does not look at all modules.
     remote.serve({name: getattr(before, name) for name in ("describe", "prepare", "sample", "values")})
 
 

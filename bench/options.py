@@ -79,7 +79,7 @@ def process(
     asked: dict[str, Any],
     variables: Mapping[str, str] | None = None,
     *,
-    python: Path = Path(sys.executable),
+    python: str = sys.executable,
     text: bool = True,
 ) -> subprocess.Popen[Any]:
     """Starts a module with what it is asked as JSON and with its number of threads in the environment."""

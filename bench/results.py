@@ -36,7 +36,9 @@ class Row:
     threads: int
     ours: Stats
     peers: dict[str, Stats]
-    ratios: dict[str, float]  # Peer's time / ours, see Stats.ratio; in older files of the medians.
+    # Peer's time / ours, see Stats.ratio; in older files of the medians. That of another checkout is to ours
+    # in a process like its own.
+    ratios: dict[str, float]
     gflops: float
     peak_fraction: float  # Of the measured peak of multiply-adds, see ``peak``.
     floor: float  # Milliseconds, see Floors.

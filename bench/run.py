@@ -61,7 +61,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--budget",
         metavar="S",
         type=options.seconds,
-        help="seconds per row; slow rows take longer [4; small: 0.8]",
+        help="seconds per row, with --before twice [4; small: 0.5]",
     )
     add("--peers", metavar="NAME,NAME", type=names, help="only these of the suite's peers, or none: ''")
     other = "another built checkout, as a rule of the commit before, to take turns with"

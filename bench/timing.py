@@ -22,14 +22,15 @@ PAUSE = 2e-2
 MOST_REPEATS = 201
 LEAST_REPEATS = 5
 
+Clock = Callable[[], float]
 Sample = Callable[[Callable[[], object], int], float]
 
 
 @runtime_checkable
-class Clocked(Protocol):
-    """A function with a clock of its own."""
+class Remote(Protocol):
+    """A function that runs in another process, where the clock must be read."""
 
-    def sample(self, calls: int) -> float:
+    def sample(self, calls: int, clock: Clock) -> float:
         """Returns the seconds that ``calls`` calls take."""
 
 
@@ -60,14 +61,22 @@ def plan(round_seconds: float, budget: float) -> int:
     return rounds - 1 + rounds % 2
 
 
-def sample(function: Callable[[], object], calls: int) -> float:
+def clock_of(threads: int) -> Clock:
+    """Returns what to measure with where no library has threads of its own.
+
+    For one thread the time that it had a core, so that others who had it in between do not count.
+    """
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def sample(function: Callable[[], object], calls: int, clock: Clock = time.perf_counter) -> float:
     """Returns the seconds that ``calls`` calls take."""
-    if isinstance(function, Clocked):
-        return function.sample(calls)
-    start = time.perf_counter()
+    if isinstance(function, Remote):
+        return function.sample(calls, clock)
+    start = clock()
     for _ in range(calls):
         function()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def estimate(function: Callable[[], object], sample: Sample) -> float:

@@ -11,6 +11,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -259,23 +260,23 @@ def test_plan_is_odd_and_within_its_bounds() -> None:
     assert timing.plan(0.1, 0.95) == 9
 
 
-class Clock:
+class Elsewhere:
     """A function that says how long it takes, and notes how often it has been called."""
 
     def __init__(self, name: str, log: list[tuple[str, int]], *seconds: float) -> None:
         self.name, self.log, self.seconds = name, log, itertools.cycle(seconds)
 
     def __call__(self) -> None:
-        raise AssertionError("it has a clock of its own")
+        raise AssertionError("it runs elsewhere")
 
-    def sample(self, calls: int) -> float:
+    def sample(self, calls: int, clock: timing.Clock) -> float:
         self.log.append((self.name, calls))
         return calls * next(self.seconds)
 
 
 def test_interleave_takes_turns_in_another_order_each_time() -> None:
     log: list[tuple[str, int]] = []
-    times = timing.interleave([Clock(name, log, 1.0) for name in "abc"], budget=150.0)
+    times = timing.interleave([Elsewhere(name, log, 1.0) for name in "abc"], budget=150.0)
     assert [time.repeats for time in times] == [49] * 3
     turns = [name for name, _ in log[-3 * 49 :]]
     rounds = {"".join(turns[i : i + 3]) for i in range(0, len(turns), 3)}
@@ -285,7 +286,7 @@ def test_interleave_takes_turns_in_another_order_each_time() -> None:
 def test_interleave_compares_times_of_the_same_round() -> None:
     log: list[tuple[str, int]] = []
     # Two calls before the first round.
-    a, b = Clock("a", log, 9, 9, 9, 1, 2, 4, 8, 16), Clock("b", log, 9, 9, 9, 2, 3, 8, 12, 8)
+    a, b = Elsewhere("a", log, 9, 9, 9, 1, 2, 4, 8, 16), Elsewhere("b", log, 9, 9, 9, 2, 3, 8, 12, 8)
     times = timing.interleave([a, b], budget=1e-9)
     assert [time.median for time in times] == [4e3, 8e3]
     assert [time.ratio for time in times] == [1.0, 1.5]  # Median of 2, 1.5, 2, 1.5 and 0.5.
@@ -293,7 +294,7 @@ def test_interleave_compares_times_of_the_same_round() -> None:
 
 def test_interleave_batches_short_calls_after_some_that_do_not_count() -> None:
     log: list[tuple[str, int]] = []
-    functions = Clock("short", log, 1e-4), Clock("long", log, 2e-3)
+    functions = Elsewhere("short", log, 1e-4), Elsewhere("long", log, 2e-3)
     times = timing.interleave(functions, budget=1e-9)
     assert [time.calls for time in times] == [30, 2]
     assert sorted(log[-15:]) == sorted([("short", 10), ("short", 30), ("long", 2)] * 5)
@@ -302,7 +303,7 @@ def test_interleave_batches_short_calls_after_some_that_do_not_count() -> None:
 def test_interleave_pauses_before_each_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[tuple[str, int]] = []
     monkeypatch.setattr(timing.time, "sleep", lambda seconds: log.append(("pause", 0)))
-    functions = Clock("short", log, 1e-4), Clock("long", log, 2e-3), Clock("longer", log, 1.0)
+    functions = Elsewhere("short", log, 1e-4), Elsewhere("long", log, 2e-3), Elsewhere("longer", log, 1.0)
     times = timing.interleave(functions, budget=1e-9, pause=4e-2)
     assert [time.calls for time in times] == [100, 5, 1]
     text = "".join(f"{name} {calls}, " for name, calls in log[-40:])
@@ -337,6 +338,57 @@ def test_remote_that_fails_is_an_error() -> None:
         for what in ("fail", "double"):
             with pytest.raises(RuntimeError, match="failed with status 1"):
                 remote.ask(what)
+
+
+@pytest.mark.parametrize(
+    ("threads", "own_threads", "clock", "pause"),
+    [
+        (1, False, time.process_time, 0.0),
+        (1, True, time.perf_counter, 0.0),
+        (2, False, time.perf_counter, 0.0),
+        (2, True, time.perf_counter, timing.PAUSE),
+    ],
+)
+def test_one_thread_is_measured_by_the_time_it_runs(
+    threads: int, own_threads: bool, clock: timing.Clock, pause: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    def interleave(functions: list[Any], budget: float, pause: float, sample: Any) -> list[timing.Stats]:
+        found.append((sample.keywords["clock"], pause))
+        return [timing.stats([1.0, 1.0])] * len(functions)
+
+    monkeypatch.setattr(worker, "interleave", interleave)
+    monkeypatch.setattr(worker.torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(peers.PEERS[0], "own_threads", own_threads)
+    case = Case("gru", "nograd", 4, 2, 8, 8)
+    times, _ = worker.measure(case, peers.PEERS[:1], budget=1.0)
+    assert list(times) == ["torchrnn", "torch.nn"]
+    assert list(worker.compare(case, [peers.OURS, peers.PEERS[0]], budget=1.0)) == ["torch.nn"]
+    apart = (timing.clock_of(threads), timing.PAUSE if threads > 1 else 0.0)
+    assert found == [(clock, pause), *[apart] * worker.PREPARATIONS]
+
+
+def test_checkouts_are_compared_by_the_median_of_some_preparations(monkeypatch: pytest.MonkeyPatch) -> None:
+    ratios = iter((0.5, 0.9, 0.8))
+    found = []
+
+    def interleave(functions: list[Any], budget: float, *_: Any) -> list[timing.Stats]:
+        found.append(budget)
+        return [timing.stats([1.0, 1.0], ratio=ratio) for ratio in (1.0, next(ratios))]
+
+    monkeypatch.setattr(worker, "interleave", interleave)
+    case = Case("gru", "nograd", 4, 2, 8, 8)
+    assert worker.compare(case, [peers.OURS, peers.OURS], budget=9.0)["torchrnn"].ratio == 0.8
+    assert found == [3.0] * 3
+    ratios = iter((0.5,))  # One that takes all of the budget is not repeated.
+    assert worker.compare(case, [peers.OURS, peers.OURS], budget=1e-9)["torchrnn"].ratio == 0.5
+
+
+def test_another_checkout_is_left_out_where_it_has_no_such_cell() -> None:
+    case = Case("sru", "infer", 4, 2, 8, 8)
+    assert worker.compare(case, [peers.OURS, peers.OURS], budget=1.0) == {}
+    assert worker.compare(QUICK.cases[0], [], budget=1.0) == {}
 
 
 LEVELS = [
@@ -587,21 +639,21 @@ def test_another_checkout_must_be_built(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_another_checkout_runs_in_its_own_python(tmp_path: Path) -> None:
-    assert before.interpreter(tmp_path) == Path(sys.executable)
+    assert before.interpreter(tmp_path) == sys.executable
     own = tmp_path / ".venv" / "bin" / "python"
     own.parent.mkdir(parents=True)
     own.touch()
-    assert before.interpreter(tmp_path) == own
+    assert before.interpreter(tmp_path) == str(own)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux keeps a process on a core")
 def test_two_checkouts_on_one_thread_share_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
     cores: list[set[int]] = []
     monkeypatch.setattr(os, "sched_setaffinity", lambda process, chosen: cores.append(chosen))
-    monkeypatch.setattr(before, "start", lambda folder, threads: contextlib.nullcontext(peers.OURS))
-    for folder, threads, count in ((None, 1, 0), ("somewhere", 2, 0), ("somewhere", 1, 1)):
-        with worker.checkouts(folder, threads) as found:
-            assert len(found) == (folder is not None)
+    monkeypatch.setattr(before, "start", lambda folder, *_: contextlib.nullcontext(folder))
+    for folder, threads, count in ((None, 1, 0), ("other", 2, 0), ("other", 1, 1)):
+        with worker.pair(folder, threads) as found:
+            assert found == ([results.ROOT, Path("other")] if folder else [])
         assert [len(chosen) for chosen in cores] == [1] * count
 
 

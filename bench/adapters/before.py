@@ -1,7 +1,7 @@
-"""Another checkout of torchrnn, as a rule the commit before, in a process of its own.
+"""A checkout of torchrnn in a process of its own: another one, as a rule of the commit before, or this one.
 
-Two versions of a library of ops cannot be in one process. The other one only works while it is asked to, so
-the two take turns like all that is measured; times are taken where the work is done.
+Two versions of a library of ops cannot be in one process. A process only works while it is asked to, so two
+of them take turns like all that is measured; times are taken where the work is done.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from bench import options, results
 from bench.adapters.problem import CLASSES, Problem, Run
 from bench.cases import Case
 from bench.remote import Remote
+from bench.timing import Clock
 
 
 class RemoteRun:
@@ -29,8 +30,8 @@ class RemoteRun:
     def __call__(self) -> Any:
         return self.remote.ask("values")
 
-    def sample(self, calls: int) -> float:
-        seconds: float = self.remote.ask("sample", calls)
+    def sample(self, calls: int, clock: Clock) -> float:
+        seconds: float = self.remote.ask("sample", calls, clock)
         return seconds
 
 
@@ -52,10 +53,10 @@ class Before:
         return RemoteRun(self.remote)
 
 
-def interpreter(checkout: Path) -> Path:
+def interpreter(checkout: Path) -> str:
     """Returns the Python of a checkout, this one if it has none of its own."""
     own = checkout / ".venv" / "bin" / "python"
-    return own if own.exists() else Path(sys.executable)
+    return str(own) if own.exists() else sys.executable
 
 
 def describe(checkout: Path) -> dict[str, Any]:
@@ -70,9 +71,11 @@ def describe(checkout: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def start(checkout: Path, threads: int) -> Iterator[Before]:
-    """Starts the process of a checkout, and ends it afterwards."""
+def start(checkout: Path, threads: int, python: str | None = None) -> Iterator[Before]:
+    """Starts the process of a checkout, by default in its own Python, and ends it afterwards."""
     asked = {"checkout": str(checkout), "threads": threads}
-    python = interpreter(checkout)
-    with Remote(options.process("bench.checkout_worker", asked, python=python, text=False)) as remote:
+    python = python or interpreter(checkout)
+    # The order of dictionaries and sets of strings, which differs from process to process, costs time too.
+    seed = {"PYTHONHASHSEED": "0"}
+    with Remote(options.process("bench.checkout_worker", asked, seed, python=python, text=False)) as remote:
         yield Before(remote)
