@@ -37,8 +37,8 @@ QUICK_SIZES = ((4, 2, 8, 8),)
 WARM_UP = 3
 TURNS = 5  # Of each process.
 MATRIX_SIZE = 1024
-# What an engine works at: some milliseconds.
-ENGINE_CASE = Case("lstm", "infer", 128, 8, 256, 256)
+# What an engine works at: a few milliseconds.
+ENGINE_CASE = Case("lstm", "infer", 32, 8, 256, 256)
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,9 @@ class Situation:
         name: In the results.
         same: Whether another process runs the same steps at the same time.
         multiplying: Processes that multiply matrices, on as many threads as the step.
-        alive: Engines in the process of the step that have worked before it, and whose threads are there.
-        working: Likewise, that work meanwhile, called by another thread.
+        alive: Engines in the process of the step that are called before each step, so that their threads are
+            still awake.
+        working: Engines there that work at the same time, called by another thread.
     """
 
     name: str
@@ -114,13 +115,13 @@ class Steps:
 
     def run(self, seconds: float) -> list[float]:
         """Returns the seconds of each step within that time."""
-        for engine in self.alive:
-            engine()
         with at_work(self.working):
             self.step()  # It wakes the threads.
             taken: list[float] = []
             end = time.perf_counter() + seconds
             while time.perf_counter() < end or not taken:
+                for engine in self.alive:
+                    engine()
                 taken.append(timing.sample(self.step, 1))
         return taken
 
