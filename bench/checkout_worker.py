@@ -21,7 +21,7 @@ from bench.adapters.problem import Run, grad_mode, kinds, make_problem
 from bench.cases import Case
 
 
-class Before:
+class Checkout:
     """What the other process may be asked."""
 
     def __init__(self, checkout: str) -> None:
@@ -53,10 +53,10 @@ class Before:
 
 def main(asked: dict[str, Any]) -> None:
     torch.set_num_threads(asked["threads"])
-    before = Before(asked["checkout"])
+    checkout = Checkout(asked["checkout"])
     gc.disable()
     gc.freeze()  # So that collecting what a case leaves does not look at all modules.
-    remote.serve({name: getattr(before, name) for name in ("describe", "prepare", "sample", "values")})
+    remote.serve({name: getattr(checkout, name) for name in ("describe", "prepare", "sample", "values")})
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Only the part of README.md between two markers is replaced.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import statistics
 import sys
@@ -37,10 +38,15 @@ def pick(files: Iterable[Path], *, full: bool, dirty: bool) -> Picked:
 
 
 def rows_of(picked: Picked, suite: str) -> list[Row]:
-    """Returns the rows of a suite on all numbers of threads."""
+    """Returns the rows of a suite on all numbers of threads, without other checkouts than this one."""
     if suite not in picked:
         return []
-    return [row for row in picked[suite][1].rows if row.group == suite]
+    names = {peer.name for peer in PEERS}
+    return [
+        dataclasses.replace(row, ratios={name: row.ratios[name] for name in row.ratios if name in names})
+        for row in picked[suite][1].rows
+        if row.group == suite
+    ]
 
 
 def peer_names(rows: Iterable[Row]) -> list[str]:

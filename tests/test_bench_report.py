@@ -154,7 +154,8 @@ def test_report_compares_steps_alone_and_beside_the_same() -> None:
 
 def test_report_replaces_only_its_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cell = dataclasses.replace(a_row("sru-b1-t1-h8-fp32-train"), suite="tf")
-    rows = [a_row(), a_row("gru-b1-t1-h8-bf16-infer"), *swept(), cell]
+    beside = dataclasses.replace(a_row(), ratios={"torch.nn": 2.0, "before": 9.99})
+    rows = [beside, a_row("gru-b1-t1-h8-bf16-infer"), *swept(), cell]
     extra = {name: getattr(a_result(), name) for name in ("memory", "contention")}
     path = saved(tmp_path, "2026-01-01T00:00:00", rows, **extra)
     readme, images = tmp_path / "README.md", tmp_path / "docs"
@@ -164,6 +165,7 @@ def test_report_replaces_only_its_part(tmp_path: Path, capsys: pytest.CaptureFix
     assert text.startswith(f"before\n{report.BEGIN}\n")
     assert text.endswith(f"\n{report.END}\nafter\n")
     assert "old" not in text
+    assert "9.99" not in text
     assert path.name in text
     assert "TensorFlow 1's cells under `dynamic_rnn` on 1 thread:" in text
     assert "| sru-b1-t1-h8-fp32-train | 2 | 2.00 | 30% |" in text

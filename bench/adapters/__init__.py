@@ -1,1 +1,1 @@
-"""What makes a library run a case. Nothing here needs more of torchrnn than a case asks for."""
+"""What makes a library run a case. Problems and layers do without torchrnn, which may be any checkout's."""
