@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-COMMANDS = ("memory", "contention", "gpu", "report")
+COMMANDS = ("memory", "contention", "compare", "gpu", "report")
 
 arguments = sys.argv[1:]
 command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "run"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +11,8 @@ from functools import cached_property
 import torch
 
 GATES = {"lstm": 4, "gru": 3}
+# The classes that run one step; several steps are a loop in Python.
+STEP_GATES = {"lstmcell": 4, "grucell": 3, "rnncell": 1}
 # Columns of the products with the input and with the state, both over H, of the cells of torchrnn.rnn_cell.
 TF_PRODUCTS = {
     "peephole-lstm": (4, 4),
@@ -20,7 +23,8 @@ TF_PRODUCTS = {
     "indrnn": (1, 0),
     "sru": (4, 0),
 }
-PRODUCTS = {cell: (gates, gates) for cell, gates in GATES.items()} | TF_PRODUCTS
+SMALL_GATES = {**GATES, "rnn": 1, **STEP_GATES}
+PRODUCTS = {cell: (gates, gates) for cell, gates in SMALL_GATES.items()} | TF_PRODUCTS
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -30,9 +34,11 @@ class Case:
     """Layers of one cell.
 
     ``infer`` is the forward pass in inference mode; ``train`` is the forward pass and the gradients of the
-    input, the weights and the biases. ``streaming`` passes the state of the call before. The rows of a
-    ``ragged`` batch have the lengths of ``lengths``. Cells of ``TF_PRODUCTS`` keep numbers of the input, the
-    output and the state of each layer with the probability ``keep`` in training.
+    input, the weights and the biases. In both, what a user writes around a call is measured too. ``nograd``
+    and ``grad`` are nothing but calls of the forward pass, without gradients and recorded for them.
+    ``streaming`` passes the state of the call before. The rows of a ``ragged`` batch have the lengths of
+    ``lengths``. Cells of ``TF_PRODUCTS`` keep numbers of the input, the output and the state of each layer
+    with the probability ``keep`` in training.
     """
 
     cell: str
@@ -65,6 +71,11 @@ class Case:
         )
         return "-".join(part for part in parts if part)
 
+    @property
+    def bare(self) -> bool:
+        """Returns whether the call alone is measured."""
+        return self.mode in ("nograd", "grad")
+
     @cached_property
     def lengths(self) -> tuple[int, ...]:
         """Returns the steps of each row: all, or from 1 to all in equal distances and no order."""
@@ -90,12 +101,12 @@ class Case:
     def flops(self) -> int:
         """Returns the operations of all matrix products; those of the activations are few beside them."""
         forward = self.projection_flops + self.recurrent_flops
-        return forward if self.mode == "infer" else 3 * forward
+        return 3 * forward if self.mode == "train" else forward
 
     @property
     def scan_flops(self) -> int:
         """Returns the part of ``flops`` in which one step waits for another."""
-        return self.recurrent_flops if self.mode == "infer" else 2 * self.recurrent_flops
+        return 2 * self.recurrent_flops if self.mode == "train" else self.recurrent_flops
 
     @property
     def recurrent_bytes(self) -> int:
@@ -110,16 +121,17 @@ class Case:
     @property
     def recurrent_reads(self) -> int:
         """Returns how often a weight of that size is read: once per step, and once more on the way back."""
-        passes = 1 if self.mode == "infer" else 2
+        passes = 2 if self.mode == "train" else 1
         return passes * self.directions * self.layers * max(self.lengths)
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Cases, and the names of the peers that they are compared with."""
+    """Cases, the names of the peers that they are compared with, and the seconds for each case."""
 
     cases: tuple[Case, ...]
     peers: tuple[str, ...]
+    budget: float = 4.0
 
 
 # (T, B, I, H): from what bandwidth bounds to what arithmetic bounds. 28 steps of 28: digits, row by row.
@@ -142,6 +154,12 @@ RAGGED_SIZE = (128, 32, 256, 256)
 HALF_SIZES = ((128, 32, 256, 256), (128, 32, 512, 512), (64, 128, 1024, 1024), (128, 1, 512, 512))
 TF_SIZE = (128, 32, 256, 256)
 QUICK_SIZES = ((1, 1, 16, 16), (4, 2, 8, 16))
+
+# (T, B, H) of small calls, whose time is more in Python and in the start of kernels than in arithmetic.
+SMALL = tuple(itertools.product((1, 4, 16), (1, 8, 32, 128), (16, 64, 256, 512)))
+QUICK_SMALL_SIZES = ((1, 1, 8), (4, 2, 8))
+STREAM_CELLS = ("lstm", "gru", "rnn")
+STREAM_WIDTHS = (16, 32, 64, 128, 256, 512, 1024)
 
 # (T, B, H) around (128, 32, 256), one axis at a time; the input is as wide as the layer.
 SWEEP = (
@@ -179,6 +197,19 @@ def sweep() -> Iterable[Case]:
             yield Case(cell, mode, steps, batch, hidden, hidden)
 
 
+def small(sizes: Iterable[tuple[int, int, int]], mode: str = "nograd") -> Iterable[Case]:
+    """Yields calls of every class, without a state and with one."""
+    for cell, (steps, batch, hidden) in itertools.product(SMALL_GATES, sizes):
+        for streaming in (False, True):
+            yield Case(cell, mode, steps, batch, hidden, hidden, streaming=streaming)
+
+
+def stream(widths: Iterable[int]) -> Iterable[Case]:
+    """Yields steps of one row, each from the state of the one before."""
+    for cell, hidden in itertools.product(STREAM_CELLS, widths):
+        yield Case(cell, "nograd", 1, 1, hidden, hidden, streaming=True)
+
+
 def tf(size: tuple[int, int, int, int]) -> Iterable[Case]:
     """Yields the rows of TensorFlow 1's cells: a stack with dropout and without, and each cell alone."""
     stack = Case("peephole-lstm", "train", *size, layers=2)
@@ -212,7 +243,16 @@ SUITES = {
     "half": Suite(tuple(half()), ("torch.nn", "torchrnn fp32")),
     "sweep": Suite(tuple(sweep()), ()),
     "tf": Suite(tuple(tf(TF_SIZE)), TF_PEERS),
+    "small": Suite(tuple(small(SMALL)), ("torch.nn",), 0.5),
+    "small-grad": Suite(tuple(small(SMALL, "grad")), ("torch.nn",), 0.5),
+    "stream": Suite(tuple(stream(STREAM_WIDTHS)), ("torch.nn",)),
 }
 ALL = ("infer", "train")
 QUICK = Suite(tuple(quick()), (*TRAINERS, "onnxruntime", "openvino", "torchrnn fp32"))
-QUICK_TF = Suite(tuple(tf(QUICK_SIZES[1])), TF_PEERS)
+# In the place of a suite; of one that is not here, QUICK.
+QUICK_SUITES = {
+    "tf": Suite(tuple(tf(QUICK_SIZES[1])), TF_PEERS),
+    "small": Suite(tuple(small(QUICK_SMALL_SIZES)), ("torch.nn",)),
+    "small-grad": Suite(tuple(small(QUICK_SMALL_SIZES, "grad")), ("torch.nn",)),
+    "stream": Suite(tuple(stream((8,))), ("torch.nn",)),
+}

@@ -21,8 +21,8 @@ from bench import gpu_cases, gpu_dispatch, gpu_floors, options, peers, results
 from bench.cases import Case
 from bench.gpu_cases import BARS, EAGER, LEAST, algorithm
 from bench.gpu_device import Cuda, Device
+from bench.gpu_peers import COMPILE_SECONDS, COMPILING, is_ours, make_peers, unavailable
 from bench.peers import EXACT, OURS, Peer, Problem, Run
-from bench.peers.gpu import COMPILE_SECONDS, COMPILING, is_ours, make_peers, unavailable
 from bench.results import Gpu, GpuBar, GpuRow, Result
 from bench.timing import Stats, interleave
 

@@ -17,6 +17,7 @@ from bench import results
 
 if TYPE_CHECKING:  # Imported where it is needed: a GPU machine may not have it.
     from rich.console import Console
+    from rich.progress import Progress
 
 WIDTH = 160  # Where there is no terminal to ask.
 
@@ -65,19 +66,32 @@ def console() -> Console:
     return console
 
 
+def progress(console: Console) -> Progress:
+    """Returns a progress bar, which is not there without a terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
 def process(
-    module: str, asked: dict[str, Any], variables: Mapping[str, str] | None = None
-) -> subprocess.Popen[str]:
+    module: str,
+    asked: dict[str, Any],
+    variables: Mapping[str, str] | None = None,
+    *,
+    python: str = sys.executable,
+    text: bool = True,
+) -> subprocess.Popen[Any]:
     """Starts a module with what it is asked as JSON and with its number of threads in the environment."""
     count = str(asked["threads"])
     environment = os.environ | {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count} | dict(variables or {})
     return subprocess.Popen(
-        [sys.executable, "-m", module, json.dumps(asked)],
+        [python, "-m", module, json.dumps(asked)],
         cwd=results.ROOT,
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        text=True,
+        text=text,
     )
 
 

@@ -6,6 +6,7 @@ Only the part of README.md between two markers is replaced.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import statistics
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from bench import plots, results
 from bench.peers import OURS, PEERS
-from bench.results import Contention, Gpu, Memory, Result, Row
+from bench.results import ALONE, SAME, Contention, Gpu, Memory, Result, Row
 
 WIDTH = 120  # Of the lines in README.md.
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -27,23 +28,25 @@ Picked = dict[str, tuple[Path, Result]]  # Suite -> the file that it is taken fr
 
 
 def pick(files: Iterable[Path], *, full: bool, dirty: bool) -> Picked:
-    """Returns the newest result of each suite.
-
-    Args:
-        files: Results.
-        full: Whether to leave out trials and parts.
-        dirty: Whether to take results of code that was not committed.
-    """
-    loaded = sorted(((results.load(path), path) for path in files), key=lambda pair: pair[0].date)
-    usable = [(r, path) for r, path in loaded if (dirty or not r.dirty) and (r.full or not full)]
-    return {suite: (path, r) for suite in ALL for r, path in usable if suite in r.suites}
+    """Returns the newest result of each suite, see ``results.usable``; a full one has all peers."""
+    usable = [
+        (path, r)
+        for path, r in results.usable(files, full=full, dirty=dirty)
+        if not full or r.options.get("peers") is None
+    ]
+    return {suite: (path, r) for suite in ALL for path, r in usable if suite in r.suites}
 
 
 def rows_of(picked: Picked, suite: str) -> list[Row]:
-    """Returns the rows of a suite on all numbers of threads."""
+    """Returns the rows of a suite on all numbers of threads, without other checkouts than this one."""
     if suite not in picked:
         return []
-    return [row for row in picked[suite][1].rows if row.group == suite]
+    names = {peer.name for peer in PEERS}
+    return [
+        dataclasses.replace(row, ratios={name: row.ratios[name] for name in row.ratios if name in names})
+        for row in picked[suite][1].rows
+        if row.group == suite
+    ]
 
 
 def peer_names(rows: Iterable[Row]) -> list[str]:
@@ -131,22 +134,18 @@ def memory(rows: Sequence[Memory]) -> list[str]:
 
 def contention(rows: Sequence[Contention], cores: int) -> list[str]:
     """Returns what a step becomes beside another process."""
-    cases = dict.fromkeys(row.id for row in rows)
-    names = list(dict.fromkeys(row.name for row in rows))
-    found = {(row.id, row.name): row for row in rows}
-    lines = [
-        [
-            case,
-            *(
-                f"{found[case, name].median_ratio:.2f}, {found[case, name].maximum_ratio:.1f}"
-                if (case, name) in found
-                else ""
-                for name in names
-            ),
-        ]
-        for case in cases
-    ]
-    threads = rows[0].threads
+    threads = max(row.threads for row in rows)
+    found = {(row.id, row.name, row.situation): row for row in rows if row.threads == threads}
+    names = list(dict.fromkeys(name for _, name, _ in found))
+
+    def ratios(case: str, name: str) -> str:
+        alone, same = (found.get((case, name, situation)) for situation in (ALONE, SAME))
+        if not alone or not same:
+            return ""
+        return f"{same.time.median / alone.time.median:.2f}, {same.maximum / alone.time.median:.1f}"
+
+    cases = dict.fromkeys(case for case, _, situation in found if situation == SAME)
+    lines = [[case, *(ratios(case, name) for name in names)] for case in cases]
     text = (
         f"A step while another process runs the same, each on {threads} threads of the same {cores} cores: "
         "its median, and the longest of all, over the median alone:"

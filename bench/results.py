@@ -10,7 +10,7 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +24,7 @@ from bench.timing import Stats
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "bench" / "results"
+ALONE, SAME = "alone", "beside the same"  # Situations of contention.
 VERSIONS = ("numpy", "onnx", "onnxruntime", "openvino", "triton", "flashrnn")
 
 
@@ -35,7 +36,9 @@ class Row:
     threads: int
     ours: Stats
     peers: dict[str, Stats]
-    ratios: dict[str, float]  # Peer's median / our median: above 1 we are faster.
+    # Peer's time / ours, see Stats.ratio; in older files of the medians. That of another checkout is to ours
+    # in a process like its own.
+    ratios: dict[str, float]
     gflops: float
     peak_fraction: float  # Of the measured peak of multiply-adds, see ``peak``.
     floor: float  # Milliseconds, see Floors.
@@ -73,24 +76,31 @@ class Memory:
 
 @dataclass(frozen=True)
 class Contention:
-    """The steps of one process, and of two processes at the same time. Milliseconds."""
+    """The steps of a layer beside what else runs, of all processes that are measured. Milliseconds."""
 
     id: str
+    situation: str
     name: str
     threads: int  # Of each process.
-    alone: Stats
-    together: Stats
-    alone_maximum: float
-    together_maximum: float
+    time: Stats
+    p99: float | None  # Older files lack it.
+    maximum: float
 
-    @property
-    def median_ratio(self) -> float:
-        return self.together.median / self.alone.median
 
-    @property
-    def maximum_ratio(self) -> float:
-        """Returns how much longer than a usual step alone the longest step of both processes takes."""
-        return self.together_maximum / self.alone.median
+@dataclass(frozen=True)
+class Verdict:
+    """Our time over another's in the rows of a suite, so that below 1 we are faster, and what it must be."""
+
+    suite: str
+    threads: int
+    against: str
+    rows: int
+    mean: float  # Geometric.
+    most_mean: float | None
+    worst: float
+    most: float | None  # In each row.
+    above: dict[str, float]  # The rows above that, or above 1 where nothing is said of them; worst first.
+    met: bool | None  # None where nothing is said.
 
 
 @dataclass
@@ -169,6 +179,8 @@ class Result:
     memory: list[Memory] = field(default_factory=list)
     contention: list[Contention] = field(default_factory=list)  # ... and all before.
     gpu: Gpu | None = None
+    before: dict[str, Any] = field(default_factory=dict)  # The other checkout that was measured.
+    verdicts: list[Verdict] = field(default_factory=list)
 
     @property
     def suites(self) -> set[str]:
@@ -188,13 +200,9 @@ class Result:
 
 def describe(options: dict[str, Any]) -> Result:
     """Returns a result without runs: what is measured where, and when."""
-    commit = git("rev-parse", "HEAD")
-    # Results that earlier runs have left do not change what is measured.
-    dirty = bool(git("status", "--porcelain", "--", ".", ":!bench/results"))
     return Result(
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        commit=commit or "unknown",
-        dirty=dirty or not commit,
+        **revision(ROOT),
         machine=machine(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         load=os.getloadavg()[0],
@@ -215,10 +223,18 @@ def installed(packages: Sequence[str]) -> dict[str, str]:
     return versions
 
 
-def git(*arguments: str) -> str:
+def revision(folder: Path) -> dict[str, Any]:
+    """Returns the commit of a checkout, and whether something differs from it."""
+    commit = git("rev-parse", "HEAD", folder=folder)
+    # Results that earlier runs have left do not change what is measured.
+    dirty = bool(git("status", "--porcelain", "--", ".", ":!bench/results", folder=folder))
+    return {"commit": commit or "unknown", "dirty": dirty or not commit}
+
+
+def git(*arguments: str, folder: Path = ROOT) -> str:
     """Returns what git prints, or nothing where there is no repository."""
     try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
@@ -268,13 +284,34 @@ def load(path: Path) -> Result:
     lists = {
         "runs": [run(r) for r in content["runs"]],
         "memory": [Memory(**m) for m in content.get("memory", [])],
-        "contention": [
-            Contention(**{**c, "alone": Stats(**c["alone"]), "together": Stats(**c["together"])})
-            for c in content.get("contention", [])
-        ],
+        "contention": [row for c in content.get("contention", []) for row in contention(c)],
+        "verdicts": [Verdict(**v) for v in content.get("verdicts", [])],
     }
     gpu_content = content.get("gpu")
     return Result(**{**content, **lists, "gpu": gpu_content and gpu(gpu_content)})
+
+
+def contention(content: dict[str, Any]) -> list[Contention]:
+    """Returns a row; two of an older file, in which a step alone and one beside the same were together."""
+    if "situation" in content:
+        return [Contention(**{**content, "time": Stats(**content["time"])})]
+    case, name, threads = (content[field] for field in ("id", "name", "threads"))
+    return [
+        Contention(case, situation, name, threads, Stats(**content[key]), None, content[f"{key}_maximum"])
+        for situation, key in ((ALONE, "alone"), (SAME, "together"))
+    ]
+
+
+def usable(files: Iterable[Path], *, full: bool, dirty: bool) -> list[tuple[Path, Result]]:
+    """Returns results, the newest last.
+
+    Args:
+        files: Results.
+        full: Whether to leave out trials and parts.
+        dirty: Whether to take results of code that was not committed.
+    """
+    loaded = sorted(((path, load(path)) for path in files), key=lambda pair: pair[1].date)
+    return [(path, r) for path, r in loaded if (dirty or not r.dirty) and (r.full or not full)]
 
 
 def gpu(content: dict[str, Any]) -> Gpu:

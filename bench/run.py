@@ -2,8 +2,9 @@
 
 python -m bench                                   # inference and training, half an hour on two cores
 python -m bench --filter 'gru.*train' --threads 1
-python -m bench --suite sweep                     # or half, or tf: TensorFlow 1's cells
-python -m bench memory | contention | gpu | report   # see their --help
+python -m bench --suite sweep                     # or half, small, stream, or tf: TensorFlow 1's cells
+python -m bench --suite train --before ../before --peers torch.nn   # and what another checkout does
+python -m bench memory | contention | compare | gpu | report   # see their --help
 """
 
 from __future__ import annotations
@@ -21,39 +22,66 @@ if not __package__:  # Run as a file: then Python looks for modules beside it, n
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 import torchrnn
-from bench import options, results
-from bench.cases import ALL, QUICK, QUICK_TF, SUITES
+from bench import compare, options, results
+from bench.adapters import before
+from bench.cases import ALL, QUICK, QUICK_SUITES, SUITES
 from bench.peers import OURS, PEERS, skipped
 from bench.results import Result, Row, Run
 
 QUIET_LOAD = 0.5
 
 
+def names(text: str) -> list[str]:
+    chosen = [name for name in text.split(",") if name]
+    if unknown := set(chosen).difference(peer.name for peer in PEERS):
+        raise argparse.ArgumentTypeError(f"no peer: {', '.join(sorted(unknown))}")
+    return chosen
+
+
+def checkout(text: str) -> Path:
+    path = Path(text).resolve()
+    if not (path / "torchrnn" / "__init__.py").exists():
+        raise argparse.ArgumentTypeError(f"no checkout of torchrnn: {text}")
+    return path
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = options.parser("", "Measures the speed of torchrnn against its peers.")
-    parser.epilog = "Other commands, each with its --help: python -m bench memory, contention, gpu, report."
+    parser.epilog = (
+        "Other commands, each with its --help: python -m bench memory, contention, compare, gpu, report."
+    )
     add = parser.add_argument
     add("--suite", choices=[*SUITES, "all"], default="all", help="which cases [all: infer and train]")
     add("--threads", metavar="N,N", type=options.counts, default=[1, 2], help="numbers of threads [1,2]")
     add("--isa", choices=torchrnn.info()["isas"], help="instruction set of our kernels [the best there is]")
-    add("--budget", metavar="S", type=options.seconds, help="seconds per row; slow rows take longer [4]")
-    args = parser.parse_args(argv)
-    args.budget = args.budget or (0.02 if args.quick else 4.0)
-    return args
+    add(
+        "--budget",
+        metavar="S",
+        type=options.seconds,
+        help="seconds per row, with --before twice [4; small: 0.5]",
+    )
+    add("--peers", metavar="NAME,NAME", type=names, help="only these of the suite's peers, or none: ''")
+    other = "another built checkout, as a rule of the commit before, to take turns with"
+    add("--before", metavar="DIR", type=checkout, help=other)
+    return parser.parse_args(argv)
 
 
 def choose(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Returns the rows to measure, as the worker wants them."""
-    names = ALL if args.suite == "all" else (args.suite,)
-    suites = {name: SUITES[name] for name in names}
+    chosen = ALL if args.suite == "all" else (args.suite,)
+    suites = {name: SUITES[name] for name in chosen}
     if args.quick:
-        suites = {"tf": QUICK_TF} if args.suite == "tf" else {"quick": QUICK}
+        suites = {args.suite: QUICK_SUITES[args.suite]} if args.suite in QUICK_SUITES else {"quick": QUICK}
     return [
-        {"suite": name, "case": dataclasses.asdict(case), "peers": suite.peers}
+        {
+            "suite": name,
+            "case": dataclasses.asdict(case),
+            "peers": [peer for peer in suite.peers if args.peers is None or peer in args.peers],
+            "budget": args.budget or (0.02 if args.quick else suite.budget),
+        }
         for name, suite in suites.items()
         for case in suite.cases
         if args.filter.search(case.id)
@@ -77,15 +105,19 @@ def run_worker(asked: dict[str, Any], isa: str | None, on_row: Callable[[dict[st
     return results.run(run)
 
 
-def measure(args: argparse.Namespace, chosen: list[dict[str, Any]], console: Console) -> Result:
+def measure(
+    args: argparse.Namespace, chosen: list[dict[str, Any]], against: dict[str, Any], console: Console
+) -> Result:
     """Runs the cases on each number of threads, behind a progress bar; without a terminal, a line per row."""
-    asked = {name: getattr(args, name) for name in ("suite", "budget", "quick", "isa", "threads")}
+    asked = {name: getattr(args, name) for name in ("suite", "budget", "quick", "isa", "threads", "peers")}
     result = results.describe(asked | {"filter": args.filter.pattern})
+    result.before.update(against)
+    if against:
+        console.print("against {commit}, torch {torch}, kernels {isa}".format_map(against))
     result.skipped.update(skipped({name for row in chosen for name in row["peers"]}))
     for name, reason in result.skipped.items():
         console.print(f"skipped: {name}, {reason}", style="yellow")
-    columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with options.progress(console) as progress:
         bar = progress.add_task("starting", total=len(chosen) * len(args.threads))
 
         def on_row(row: dict[str, Any]) -> None:
@@ -100,7 +132,7 @@ def measure(args: argparse.Namespace, chosen: list[dict[str, Any]], console: Con
             worker = {
                 "threads": threads,
                 "quick": args.quick,
-                "budget": args.budget,
+                "before": args.before and str(args.before),
                 "rows": chosen,
             }
             result.runs.append(run_worker(worker, args.isa, on_row))
@@ -130,18 +162,20 @@ def report(result: Result, console: Console) -> None:
             console.print(f"geometric mean of {peer} / {OURS.name}, {label}: {text}")
         worst = min(rows, key=lambda row: row.ratios[peer])
         console.print(f"worst: {worst.ratios[peer]:.2f}, {worst.id}, threads {worst.threads}")
+    if any(verdict.met is not None for verdict in result.verdicts):
+        compare.report(result.verdicts, console)
 
 
 def peer_names(rows: Sequence[Row]) -> list[str]:
-    """Returns who has been measured, in the order of ``PEERS``."""
+    """Returns who has been measured, in the order of ``PEERS``; the commit before comes last."""
     measured = {name for row in rows for name in row.ratios}
-    return [peer.name for peer in PEERS if peer.name in measured]
+    return [name for name in (*(peer.name for peer in PEERS), before.Before.name) if name in measured]
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """Returns the rows as a table, with the ratio of each peer's median to ours."""
+    """Returns the rows as a table, with the ratio of each peer's time to ours."""
     names = peer_names(rows)
-    out = Table(title="medians in ms; peers: their median / ours; error: ours, and the largest of a peer")
+    out = Table(title="medians in ms; peers: their time / ours; error: ours, and the largest of a peer")
     out.add_column("case", no_wrap=True)
     for title in ("thr", "ms", *names, "of peak", "of floor", "error", "peers'"):
         out.add_column(title, justify="right", no_wrap=title not in names)
@@ -161,7 +195,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not chosen:
         print(f"bench: no case matches {args.filter.pattern!r}", file=sys.stderr)
         return 2
-    result = measure(args, chosen, console)
+    try:
+        against = before.describe(args.before) if args.before else {}
+    except RuntimeError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    result = measure(args, chosen, against, console)
+    result.verdicts.extend(compare.judge(result))
     report(result, console)
     console.print(f"written to {results.save(result, args.out)}")
     return 0

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import truediv
+from typing import Protocol, runtime_checkable
 
 # Shorter calls are timed several at once: else the clock counts too much, and what others left in the cache.
 SAMPLE_SECONDS = 3e-3
+# Before each sample, because others have had the core and its caches in the meantime.
+WARM_UP_SECONDS = 1e-3
 # A library's idle threads spin for milliseconds (libgomp: 300 000 pauses, 14 ms on Intel) on the cores that
 # the threads of the next one need.
 PAUSE = 2e-2
 MOST_REPEATS = 201
 LEAST_REPEATS = 5
 
+Clock = Callable[[], float]
 Sample = Callable[[Callable[[], object], int], float]
+
+
+@runtime_checkable
+class Remote(Protocol):
+    """A function that runs in another process, where the clock must be read."""
+
+    def sample(self, calls: int, clock: Clock) -> float:
+        """Returns the seconds that ``calls`` calls take."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +43,16 @@ class Stats:
     iqr: float
     repeats: int
     calls: int
+    # Median over the rounds, of the time over that of the first function in the same round. A machine's speed
+    # can jump by half within seconds; that meets both. None of what was not in turns, and in older files.
+    ratio: float | None = None
 
 
-def stats(seconds: Sequence[float], calls: int) -> Stats:
-    """Returns the statistics of the samples, each the seconds of ``calls`` calls."""
-    times = [1e3 * s / calls for s in seconds]
+def stats(seconds: Sequence[float], calls: int = 1, ratio: float | None = None) -> Stats:
+    """Returns the statistics of samples, each the seconds of one call, the mean of ``calls``."""
+    times = [1e3 * s for s in seconds]
     low, median, high = statistics.quantiles(times, n=4, method="inclusive")
-    return Stats(median, min(times), high - low, len(times), calls)
+    return Stats(median, min(times), high - low, len(times), calls, ratio)
 
 
 def plan(round_seconds: float, budget: float) -> int:
@@ -44,12 +61,31 @@ def plan(round_seconds: float, budget: float) -> int:
     return rounds - 1 + rounds % 2
 
 
-def sample(function: Callable[[], object], calls: int) -> float:
+def clock_of(threads: int) -> Clock:
+    """Returns what to measure with where no library has threads of its own.
+
+    For one thread the time that it had a core, so that others who had it in between do not count.
+    """
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def sample(function: Callable[[], object], calls: int, clock: Clock = time.perf_counter) -> float:
     """Returns the seconds that ``calls`` calls take."""
-    start = time.perf_counter()
+    if isinstance(function, Remote):
+        return function.sample(calls, clock)
+    start = clock()
     for _ in range(calls):
         function()
-    return time.perf_counter() - start
+    return clock() - start
+
+
+def estimate(function: Callable[[], object], sample: Sample) -> float:
+    """Returns about how many seconds a call takes: of a short one when it has been called some times."""
+    calls, taken = 1, sample(function, 1)
+    while taken < WARM_UP_SECONDS:
+        calls *= 2
+        taken = sample(function, calls)
+    return taken / calls
 
 
 def interleave(
@@ -58,33 +94,36 @@ def interleave(
     pause: float = 0.0,
     sample: Sample = sample,
 ) -> list[Stats]:
-    """Returns the times of the functions, measured in turns and in alternating order for ``budget`` seconds.
+    """Returns the times of the functions, measured in turns for ``budget`` seconds.
 
-    One that takes longer than a fifth of the budget is still measured five times. With a ``pause`` each turn
-    begins with that many idle seconds, and where a call is shorter than that, with one that does not count.
-    ``sample`` is the clock: it returns the seconds that a number of calls take.
+    The order is another one in each round, so that none always finds what the same one has left in the
+    caches. One that takes longer than a fifth of the budget is still measured five times. With a ``pause``
+    each turn begins with that many idle seconds. Calls that are shorter than that or than ``WARM_UP_SECONDS``
+    follow on some that do not count. ``sample`` is the clock: it returns the seconds that a number of calls
+    take.
     """
     for function in functions:  # The first call allocates, packs weights and starts threads.
-        function()
+        sample(function, 1)
     calls, estimates, warm_ups = [], [], []
     for function in functions:
-        once = min(sample(function, 1) for _ in range(2))
+        once = min(estimate(function, sample) for _ in range(2))
         calls.append(max(1, math.ceil(max(SAMPLE_SECONDS, pause / 4) / once)))
-        warm_ups.append(once < pause)
+        warm_ups.append(math.ceil(WARM_UP_SECONDS / once) if once < max(WARM_UP_SECONDS, pause) else 0)
         estimates.append(pause + once * (calls[-1] + warm_ups[-1]))
     samples: list[list[float]] = [[] for _ in functions]
-    order = list(range(len(functions)))
+    order, shuffler = list(range(len(functions))), random.Random(0)
     gc.collect()
     gc.disable()
     try:
         for _ in range(plan(sum(estimates), budget)):
+            shuffler.shuffle(order)
             for i in order:
                 if pause:
                     time.sleep(pause)
                 if warm_ups[i]:
-                    functions[i]()
-                samples[i].append(sample(functions[i], calls[i]))
-            order.reverse()
+                    sample(functions[i], warm_ups[i])
+                samples[i].append(sample(functions[i], calls[i]) / calls[i])
     finally:
         gc.enable()
-    return [stats(s, n) for s, n in zip(samples, calls, strict=True)]
+    ratios = [statistics.median(map(truediv, taken, samples[0])) for taken in samples]
+    return [stats(*each) for each in zip(samples, calls, ratios, strict=True)]

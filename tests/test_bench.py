@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import importlib
+import itertools
 import math
-import re
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 import torchrnn
-from bench import contention, floors, memory, peers, results, timing
+from bench import compare, contention, floors, memory, peers, results, timing, worker
 from bench import run as bench_run
-from bench.cases import GATES, QUICK, QUICK_TF, SUITES, TF_PRODUCTS, Case
-from bench.peers.cells import CELLS, make_cell
-from bench.peers.loop import CompiledLoop
-from bench.peers.onnx import OnnxRuntime, OpenVino, missing
+from bench.adapters import before
+from bench.adapters.cells import CELLS, make_cell
+from bench.adapters.loop import CompiledLoop
+from bench.adapters.onnx import OnnxRuntime, OpenVino, missing
+from bench.adapters.problem import make_call
+from bench.cases import GATES, QUICK, QUICK_SUITES, SMALL_GATES, STEP_GATES, SUITES, TF_PRODUCTS, Case
+from bench.remote import Remote
 
 SMALL = [
     Case(cell, "infer", 5, 3, 7, 8, directions, layers, ragged, streaming=streaming)
@@ -37,14 +45,14 @@ def by_id(case: Case) -> str:
 
 
 def test_cases_have_distinct_ids() -> None:
-    for suite in (*SUITES.values(), QUICK, QUICK_TF):
+    for suite in (*SUITES.values(), QUICK, *QUICK_SUITES.values()):
         assert len({case.id for case in suite.cases}) == len(suite.cases) > 0
 
 
 def test_suites_name_peers_that_exist() -> None:
     names = {peer.name for peer in peers.PEERS}
     assert len(names) == len(peers.PEERS)
-    for suite in (*SUITES.values(), QUICK, QUICK_TF):
+    for suite in (*SUITES.values(), QUICK, *QUICK_SUITES.values()):
         assert names.issuperset(suite.peers)
 
 
@@ -54,6 +62,17 @@ def test_case_id_names_what_is_measured() -> None:
     assert Case("lstm", "infer", 4, 2, 8, 8, 2, 3, True).id == "lstm-b2-t4-h8-bi-l3-ragged-fp32-infer"
     assert Case("gru", "infer", 1, 1, 8, 8, streaming=True).id == "gru-b1-t1-h8-stream-fp32-infer"
     assert Case("sru", "train", 4, 2, 8, 8, layers=2, keep=0.8).id == "sru-b2-t4-h8-l2-keep0.8-fp32-train"
+    assert Case("lstmcell", "nograd", 4, 2, 8, 8).id == "lstmcell-b2-t4-h8-fp32-nograd"
+
+
+def test_small_calls_are_every_class_and_size_without_and_with_a_state() -> None:
+    sizes = (1, 4, 16), (1, 8, 32, 128), (16, 64, 256, 512)
+    every = set(itertools.product(SMALL_GATES, *sizes, (False, True)))
+    for name, mode in (("small", "nograd"), ("small-grad", "grad")):
+        cases = SUITES[name].cases
+        assert {(case.cell, case.steps, case.batch, case.hidden, case.streaming) for case in cases} == every
+        assert {case.mode for case in cases} == {mode}
+    assert {(case.steps, case.batch, case.streaming) for case in SUITES["stream"].cases} == {(1, 1, True)}
 
 
 def test_case_counts_operations() -> None:
@@ -62,6 +81,10 @@ def test_case_counts_operations() -> None:
     train = dataclasses.replace(infer, mode="train")
     assert train.flops == 3 * infer.flops
     assert train.scan_flops == 2 * infer.scan_flops == 2 * 2 * 5 * 3 * 44 * 11
+    for mode in ("nograd", "grad"):
+        bare = dataclasses.replace(infer, mode=mode)
+        assert (bare.flops, bare.scan_flops) == (infer.flops, infer.scan_flops)
+        assert bare.recurrent_reads == infer.recurrent_reads
     assert dataclasses.replace(infer, cell="gru").recurrent_bytes == 4 * 33 * 11
     assert dataclasses.replace(infer, dtype="bfloat16").recurrent_bytes == 2 * 44 * 11
     stacked = dataclasses.replace(infer, directions=2, layers=3)
@@ -91,7 +114,10 @@ def check_errors(case: Case, peer: peers.Peer) -> None:
     assert errors[peer.name] <= 2 * errors["torch.nn"] + 8 * torch.finfo(getattr(torch, case.dtype)).eps
 
 
-@pytest.mark.parametrize("case", [*QUICK.cases, *SMALL], ids=by_id)
+BARE = [case for name in ("small", "small-grad") for case in QUICK_SUITES[name].cases]
+
+
+@pytest.mark.parametrize("case", [*QUICK.cases, *SMALL, *BARE], ids=by_id)
 def test_our_layer_computes_the_same(case: Case) -> None:
     check_errors(case, peers.OURS)
 
@@ -105,6 +131,42 @@ def test_onnxruntime_computes_the_same(case: Case) -> None:
 def test_openvino_computes_the_same(case: Case) -> None:
     pytest.importorskip("openvino", reason="openvino is in no extra of the tests, because of its size")
     check_errors(case, OpenVino())
+
+
+@pytest.mark.parametrize("mode", ["nograd", "grad"])
+@pytest.mark.parametrize("cell", SMALL_GATES)
+def test_bare_call_records_gradients_or_not(cell: str, mode: str) -> None:
+    case = Case(cell, mode, 4, 2, 8, 8, streaming=True)
+    with peers.grad_mode(case):
+        leaves = pytree.tree_leaves(peers.OURS.prepare(peers.make_problem(case))())
+    assert {leaf.requires_grad for leaf in leaves} == {mode == "grad"}
+
+
+def test_bare_call_is_nothing_but_the_call() -> None:
+    layer, x, state = torch.nn.GRU(7, 8), torch.randn(5, 3, 7), torch.zeros(1, 3, 8)
+    run = make_call(Case("gru", "nograd", 5, 3, 7, 8), layer, x, None)
+    assert isinstance(run, functools.partial)
+    assert (run.func, len(run.args), run.keywords) == (layer, 1, {})
+    run = make_call(Case("gru", "nograd", 5, 3, 7, 8, streaming=True), layer, x, state)
+    assert isinstance(run, functools.partial)
+    assert run.args[1] is state
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("cell", STEP_GATES)
+def test_class_of_one_step_is_called_once_per_step(cell: str, streaming: bool) -> None:
+    calls = []
+
+    class Counting(torch.nn.Module):
+        def forward(self, x: torch.Tensor, hx: object = None) -> int:
+            calls.append((tuple(x.shape), hx))
+            return len(calls)
+
+    run = make_call(
+        Case(cell, "nograd", 3, 2, 7, 8), Counting(), torch.randn(3, 2, 7), "given" if streaming else None
+    )
+    assert run() == 3
+    assert calls == [((2, 7), "given" if streaming else None), ((2, 7), 1), ((2, 7), 2)]
 
 
 # torch 2.13 itself, when it traces a step whose state is the result of another.
@@ -186,8 +248,8 @@ def test_long_cases_are_shortened_for_float64() -> None:
 
 
 def test_stats_are_milliseconds_of_one_call() -> None:
-    stats = timing.stats([0.005, 0.001, 0.002, 0.003, 0.004], calls=2)
-    assert dataclasses.astuple(stats) == pytest.approx((1.5, 0.5, 1.0, 5, 2))
+    stats = timing.stats([0.005, 0.001, 0.002, 0.003, 0.004], calls=2, ratio=0.5)
+    assert dataclasses.astuple(stats) == pytest.approx((3.0, 1.0, 2.0, 5, 2, 0.5))
 
 
 def test_plan_is_odd_and_within_its_bounds() -> None:
@@ -198,24 +260,135 @@ def test_plan_is_odd_and_within_its_bounds() -> None:
     assert timing.plan(0.1, 0.95) == 9
 
 
-def test_interleave_takes_turns_in_alternating_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    log: list[str] = []
-    monkeypatch.setattr(timing, "SAMPLE_SECONDS", 0.0)
-    a, b = timing.interleave([lambda: log.append("a"), lambda: log.append("b")], budget=1e-9)
-    assert a.repeats == b.repeats == timing.LEAST_REPEATS
-    assert "".join(log[-2 * a.repeats :]) == "abbaabbaab"
-    assert min(a.minimum, a.iqr) >= 0
-    assert a.minimum <= a.median
+class Elsewhere:
+    """A function that says how long it takes, and notes how often it has been called."""
+
+    def __init__(self, name: str, log: list[tuple[str, int]], *seconds: float) -> None:
+        self.name, self.log, self.seconds = name, log, itertools.cycle(seconds)
+
+    def __call__(self) -> None:
+        raise AssertionError("it runs elsewhere")
+
+    def sample(self, calls: int, clock: timing.Clock) -> float:
+        self.log.append((self.name, calls))
+        return calls * next(self.seconds)
 
 
-def test_interleave_pauses_and_warms_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    log: list[str] = []
-    monkeypatch.setattr(timing, "SAMPLE_SECONDS", 0.0)
-    monkeypatch.setattr(timing.time, "sleep", lambda seconds: log.append("."))
-    a, b = timing.interleave([lambda: log.append("a"), lambda: log.append("b")], budget=1e-9, pause=1e-3)
-    turns = re.findall(r"\.(a+|b+)", "".join(log))
-    assert [turn[0] for turn in turns] == list("abbaabbaab")
-    assert [len(turn) for turn in turns[:2]] == [a.calls + 1, b.calls + 1]  # And one that does not count.
+def test_interleave_takes_turns_in_another_order_each_time() -> None:
+    log: list[tuple[str, int]] = []
+    times = timing.interleave([Elsewhere(name, log, 1.0) for name in "abc"], budget=150.0)
+    assert [time.repeats for time in times] == [49] * 3
+    turns = [name for name, _ in log[-3 * 49 :]]
+    rounds = {"".join(turns[i : i + 3]) for i in range(0, len(turns), 3)}
+    assert rounds == set(map("".join, itertools.permutations("abc")))
+
+
+def test_interleave_compares_times_of_the_same_round() -> None:
+    log: list[tuple[str, int]] = []
+    # Two calls before the first round.
+    a, b = Elsewhere("a", log, 9, 9, 9, 1, 2, 4, 8, 16), Elsewhere("b", log, 9, 9, 9, 2, 3, 8, 12, 8)
+    times = timing.interleave([a, b], budget=1e-9)
+    assert [time.median for time in times] == [4e3, 8e3]
+    assert [time.ratio for time in times] == [1.0, 1.5]  # Median of 2, 1.5, 2, 1.5 and 0.5.
+
+
+def test_interleave_batches_short_calls_after_some_that_do_not_count() -> None:
+    log: list[tuple[str, int]] = []
+    functions = Elsewhere("short", log, 1e-4), Elsewhere("long", log, 2e-3)
+    times = timing.interleave(functions, budget=1e-9)
+    assert [time.calls for time in times] == [30, 2]
+    assert sorted(log[-15:]) == sorted([("short", 10), ("short", 30), ("long", 2)] * 5)
+
+
+def test_interleave_pauses_before_each_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[tuple[str, int]] = []
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: log.append(("pause", 0)))
+    functions = Elsewhere("short", log, 1e-4), Elsewhere("long", log, 2e-3), Elsewhere("longer", log, 1.0)
+    times = timing.interleave(functions, budget=1e-9, pause=4e-2)
+    assert [time.calls for time in times] == [100, 5, 1]
+    text = "".join(f"{name} {calls}, " for name, calls in log[-40:])
+    turns = ["short 10, short 100, ", "long 1, long 5, ", "longer 1, "]
+    assert sorted(text.split("pause 0, ")) == sorted(["", *turns * 5])
+
+
+ECHO = """
+import sys
+from bench import remote
+def fail(): raise ValueError
+remote.serve({"double": lambda x: print("of a call") or 2 * x, "fail": fail})
+"""
+
+
+def start_echo() -> Remote:
+    command = [sys.executable, "-c", ECHO]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    return Remote(subprocess.Popen(command, cwd=results.ROOT, **pipes))
+
+
+def test_remote_answers_what_it_is_asked() -> None:
+    with start_echo() as remote:
+        assert [remote.ask("double", x) for x in (1, [2])] == [2, [2, 2]]
+        remote.tell("double", 3)
+        assert remote.answer() == 6
+    assert remote.process.returncode == 0
+
+
+def test_remote_that_fails_is_an_error() -> None:
+    with start_echo() as remote:
+        for what in ("fail", "double"):
+            with pytest.raises(RuntimeError, match="failed with status 1"):
+                remote.ask(what)
+
+
+@pytest.mark.parametrize(
+    ("threads", "own_threads", "clock", "pause"),
+    [
+        (1, False, time.process_time, 0.0),
+        (1, True, time.perf_counter, 0.0),
+        (2, False, time.perf_counter, 0.0),
+        (2, True, time.perf_counter, timing.PAUSE),
+    ],
+)
+def test_one_thread_is_measured_by_the_time_it_runs(
+    threads: int, own_threads: bool, clock: timing.Clock, pause: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    def interleave(functions: list[Any], budget: float, pause: float, sample: Any) -> list[timing.Stats]:
+        found.append((sample.keywords["clock"], pause))
+        return [timing.stats([1.0, 1.0])] * len(functions)
+
+    monkeypatch.setattr(worker, "interleave", interleave)
+    monkeypatch.setattr(worker.torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(peers.PEERS[0], "own_threads", own_threads)
+    case = Case("gru", "nograd", 4, 2, 8, 8)
+    times, _ = worker.measure(case, peers.PEERS[:1], budget=1.0)
+    assert list(times) == ["torchrnn", "torch.nn"]
+    assert list(worker.compare(case, [peers.OURS, peers.PEERS[0]], budget=1.0)) == ["torch.nn"]
+    apart = (timing.clock_of(threads), timing.PAUSE if threads > 1 else 0.0)
+    assert found == [(clock, pause), *[apart] * worker.PREPARATIONS]
+
+
+def test_checkouts_are_compared_by_the_median_of_some_preparations(monkeypatch: pytest.MonkeyPatch) -> None:
+    ratios = iter((0.5, 0.9, 0.8))
+    found = []
+
+    def interleave(functions: list[Any], budget: float, *_: Any) -> list[timing.Stats]:
+        found.append(budget)
+        return [timing.stats([1.0, 1.0], ratio=ratio) for ratio in (1.0, next(ratios))]
+
+    monkeypatch.setattr(worker, "interleave", interleave)
+    case = Case("gru", "nograd", 4, 2, 8, 8)
+    assert worker.compare(case, [peers.OURS, peers.OURS], budget=9.0)["torchrnn"].ratio == 0.8
+    assert found == [3.0] * 3
+    ratios = iter((0.5,))  # One that takes all of the budget is not repeated.
+    assert worker.compare(case, [peers.OURS, peers.OURS], budget=1e-9)["torchrnn"].ratio == 0.5
+
+
+def test_another_checkout_is_left_out_where_it_has_no_such_cell() -> None:
+    case = Case("sru", "infer", 4, 2, 8, 8)
+    assert worker.compare(case, [peers.OURS, peers.OURS], budget=1.0) == {}
+    assert worker.compare(QUICK.cases[0], [], budget=1.0) == {}
 
 
 LEVELS = [
@@ -278,7 +451,15 @@ def test_floors_merge_to_the_higher_rates() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--threads", "0"], ["--budget", "nan"], ["--isa", "none"], ["--filter", "("]]
+    "arguments",
+    [
+        ["--threads", "0"],
+        ["--budget", "nan"],
+        ["--isa", "none"],
+        ["--filter", "("],
+        ["--peers", "torch.nn,nobody"],
+        ["--before", "bench"],
+    ],
 )
 def test_bad_options_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
@@ -313,7 +494,7 @@ def test_quick_run_writes_a_result(tmp_path: Path) -> None:
     train, ragged = result.rows
     assert train.id == "gru-b2-t4-i8-h16-fp32-train"
     assert Case(**train.case).id == train.id
-    assert train.ratios["torch.nn"] == pytest.approx(train.peers["torch.nn"].median / train.ours.median)
+    assert train.ratios["torch.nn"] == train.peers["torch.nn"].ratio
     assert {"torch.nn", "onnxruntime"} <= ragged.ratios.keys()
     assert all(name in done.stdout for name in result.skipped)
     for row in result.rows:
@@ -369,12 +550,111 @@ def test_memory_includes_recomputation_where_a_layer_has_it(monkeypatch: pytest.
     assert list(memory.variants("gru")) == ["torch.nn", "torchrnn"]
 
 
-def test_contention_measures_two_processes() -> None:
-    row = contention.measure(Case("lstm", "infer", 4, 2, 8, 8), "torchrnn", threads=1, budget=0.01)
-    assert row.together.repeats >= 2 * timing.LEAST_REPEATS
-    assert row.alone_maximum >= row.alone.median
-    assert row.together_maximum >= row.together.median
-    assert contention.table([row], cores=1).row_count == 1
+def test_contention_measures_beside_everything_at_once() -> None:
+    situation = contention.Situation("all", True, 1, ("onnxruntime",), ("onnxruntime",))
+    case = Case("lstm", "infer", 4, 2, 8, 8)
+    rows = contention.measure(situation, [case], threads=1, budget=0.02)
+    assert [(row.name, row.threads) for row in rows] == [("torchrnn", 1), ("torch.nn", 1)]
+    for row in rows:
+        assert (row.id, row.situation) == (case.id, "all")
+        assert row.time.repeats >= 2 * contention.TURNS
+        assert row.time.minimum <= row.time.median <= row.p99 <= row.maximum
+    assert contention.table(rows, cores=1).row_count == 1
+
+
+def test_contention_knows_which_situations_are_possible(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OpenVino, "available", lambda self: "openvino not installed")
+    assert contention.Situation("", alive=("onnxruntime", "openvino")).possible() == contention.Situation(
+        "", alive=("onnxruntime",)
+    )
+    assert contention.Situation("", alive=("openvino",)).possible() is None
+    assert contention.Situation("", working=("openvino",)).possible() is None
+    alone = contention.Situation("", multiplying=1)
+    assert alone.possible() == alone
+
+
+def test_quick_contention_writes_a_result(tmp_path: Path) -> None:
+    arguments = ["--quick", "--situations", "alone", "--filter", "gru-b1-t1", "--out", str(tmp_path)]
+    assert contention.main(arguments) == 0
+    (path,) = tmp_path.iterdir()
+    result = results.load(path)
+    assert result.suites == {"contention"}
+    assert not dataclasses.replace(result, options=result.options | {"quick": False}).full
+    steps = [(row.situation, row.name, row.threads) for row in result.contention]
+    assert steps == [("alone", "torchrnn", 2), ("alone", "torchrnn", 1), ("alone", "torch.nn", 2)]
+    assert [v.against for v in result.verdicts] == [compare.ONE_THREAD, compare.ONE_THREAD_P99]
+
+
+def test_contention_without_situations_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert contention.main(["--situations", "no such situation"]) == 2
+    assert "no situation matches" in capsys.readouterr().err
+
+
+OTHER = """
+import torch
+from torch.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+info = lambda: {"isa": ISA}
+"""
+
+
+def make_checkout(folder: Path, isa: str | None = "other") -> Path:
+    """Makes what has no more of torchrnn than its layers, and a bench of its own that does not work."""
+    for name, text in (("torchrnn", OTHER.replace("ISA", repr(isa))), ("bench", "1 / 0")):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").write_text(text)
+    return folder
+
+
+def test_another_checkout_runs_the_same_case(tmp_path: Path) -> None:
+    case = Case("lstm", "nograd", 4, 2, 7, 8, streaming=True)
+    with before.start(make_checkout(tmp_path), threads=1) as other:
+        errors = peers.errors(case, [peers.PEERS[0], other])
+        assert errors["before"] == errors["torch.nn"]
+        (time,) = timing.interleave([other.prepare(peers.make_problem(case))], budget=1e-9)
+    assert time.repeats == timing.LEAST_REPEATS
+    assert time.minimum > 0
+
+
+def test_quick_run_against_another_checkout_writes_a_verdict(tmp_path: Path) -> None:
+    folder = make_checkout(tmp_path / "other")
+    arguments = ["--suite", "small", "--quick", "--filter", "gru-b2.*stream", "--threads", "1", "--peers", ""]
+    command = [sys.executable, "-m", "bench", *arguments, "--before", folder, "--out", tmp_path / "out"]
+    done = subprocess.run(command, cwd=results.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "out").iterdir()
+    result = results.load(path)
+    assert result.before == {"commit": "unknown", "dirty": True, "isa": "other", "torch": torch.__version__}
+    (row,) = result.rows
+    assert row.ratios.keys() == {"before"}
+    assert row.errors.keys() == {"torchrnn", "before"}
+    (verdict,) = result.verdicts
+    assert (verdict.suite, verdict.against, verdict.rows, verdict.most_mean) == ("small", "before", 1, 1.3)
+    assert verdict.mean == pytest.approx(1 / row.ratios["before"])
+
+
+def test_another_checkout_must_be_built(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_checkout(tmp_path, isa=None)
+    assert bench_run.main(["--before", str(folder), "--quick"]) == 2
+    assert "build it there first" in capsys.readouterr().err
+
+
+def test_another_checkout_runs_in_its_own_python(tmp_path: Path) -> None:
+    assert before.interpreter(tmp_path) == sys.executable
+    own = tmp_path / ".venv" / "bin" / "python"
+    own.parent.mkdir(parents=True)
+    own.touch()
+    assert before.interpreter(tmp_path) == str(own)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux keeps a process on a core")
+def test_two_checkouts_on_one_thread_share_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores: list[set[int]] = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda process, chosen: cores.append(chosen))
+    monkeypatch.setattr(before, "start", lambda folder, *_: contextlib.nullcontext(folder))
+    for folder, threads, count in ((None, 1, 0), ("other", 2, 0), ("other", 1, 1)):
+        with worker.pair(folder, threads) as found:
+            assert found == ([results.ROOT, Path("other")] if folder else [])
+        assert [len(chosen) for chosen in cores] == [1] * count
 
 
 @pytest.mark.parametrize("command", ["memory", "contention"])

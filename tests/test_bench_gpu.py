@@ -24,8 +24,8 @@ from bench import gpu, gpu_cases, gpu_dispatch, gpu_floors, report, results, tim
 from bench.cases import GATES, Case
 from bench.gpu_cases import LEAST, PERSISTENT, SMALL, STANDARD
 from bench.gpu_device import Cuda
+from bench.gpu_peers import COMPILE_SECONDS, Ours, TorchLayer, make_peers, size_of
 from bench.peers import Problem, Run
-from bench.peers.gpu import COMPILE_SECONDS, Ours, TorchLayer, make_peers, size_of
 from bench.results import Gpu, GpuRow
 
 TINY = Case("lstm", "infer", 4, 1, 8, 8, dtype="bfloat16")
@@ -65,6 +65,7 @@ class StandIn:
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(timing, "SAMPLE_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "WARM_UP_SECONDS", 0.0)
     monkeypatch.setattr(timing, "MOST_REPEATS", timing.LEAST_REPEATS)
     monkeypatch.setattr(timing.gc, "collect", lambda: 0)  # A tenth of a second for each row.
     with one_thread():
@@ -196,7 +197,7 @@ def test_copy_without_a_repository_is_of_the_commit_that_is_named(
     arguments = ["--quick", "--filter", "gru-b2-t4-h8-bf16-infer", "--out", str(tmp_path), "--commit", "abc"]
     assert gpu.main(arguments, StandIn()) == 0
     assert results.load(tmp_path / "bench.json").commit != "abc"
-    monkeypatch.setattr(results, "git", lambda *_: "")
+    monkeypatch.setattr(results, "git", lambda *_, **__: "")
     assert gpu.main(arguments, StandIn()) == 0
     found = results.load(tmp_path / "bench.json")
     assert (found.commit, found.dirty) == ("abc", False)
@@ -442,7 +443,7 @@ def test_compiling_peers_have_few_rows_and_need_time(monkeypatch: pytest.MonkeyP
     }
     assert 0 < counts["torch.nn fp16"] < len(gpu_cases.grid()) / 3
     loop = by_name["compiled loop"]
-    monkeypatch.setattr("bench.peers.gpu.COMPILED_SIZES", (size_of(TINY),))
+    monkeypatch.setattr("bench.gpu_peers.COMPILED_SIZES", (size_of(TINY),))
     monkeypatch.setattr(type(loop), "available", lambda self: None)
     assert loop.supports(TINY)
     row = row_of(TINY, remaining=COMPILE_SECONDS - 1)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.adapters.problem import Problem, Run
 from bench.cases import Case
-from bench.peers.problem import Problem, Run
 
 # The gates of ONNX in torch's numbering: i, o, f, c where torch has i, f, g, o; z, r, h where it has r, z, n.
 ORDER = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2)}

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from bench.adapters.loop import CompiledLoop
+from bench.adapters.problem import make_run
 from bench.cases import Case
 from bench.gpu_cases import EAGER, GRAPHED, PERSISTENT, SMALL, STEPS, algorithm, plain
 from bench.gpu_device import Device
@@ -25,8 +27,6 @@ from bench.peers import (
     lengths_forward,
     packed_forward,
 )
-from bench.peers.loop import CompiledLoop
-from bench.peers.problem import make_run
 from torchrnn.cuda import use_path
 
 # (T, B, I, H) of the peers that compile for each size, for seconds or minutes: they must not eat the budget.

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import torchrnn
+from bench.adapters.problem import Problem, Run, make_run
 from bench.cases import Case
-from bench.peers.problem import Problem, Run, make_run
 from torchrnn import rnn_cell
 from torchrnn.rnn_cell import RNNCell
 

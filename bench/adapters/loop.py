@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from bench.adapters.problem import Problem, Run, make_run
 from bench.cases import Case
-from bench.peers.problem import Problem, Run, make_run
 
 Step = Callable[..., tuple[Tensor, ...]]
 

@@ -1,21 +1,21 @@
-"""What is measured against what: adapters that make a library run a case, and what they get wrong."""
+"""What is measured against what, and what they get wrong."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch.utils import _pytree as pytree
 
 import torchrnn
+from bench.adapters.cells import Unrolled
+from bench.adapters.layers import TorchLayer, lengths_forward, packed_forward
+from bench.adapters.loop import CompiledLoop
+from bench.adapters.onnx import OnnxRuntime, OpenVino
+from bench.adapters.problem import TORCH_LAYERS, Peer, Problem, Run, grad_mode, kinds, make_problem
 from bench.cases import TF_PRODUCTS, Case
-from bench.peers.cells import Unrolled
-from bench.peers.layers import Layers, TorchLayer, lengths_forward, packed_forward
-from bench.peers.loop import CompiledLoop
-from bench.peers.onnx import OnnxRuntime, OpenVino
-from bench.peers.problem import Peer, Problem, Run, make_problem
 
 __all__ = [
     "EXACT",
@@ -29,6 +29,7 @@ __all__ = [
     "TorchLayer",
     "deviations",
     "errors",
+    "grad_mode",
     "lengths_forward",
     "make_problem",
     "ours",
@@ -38,8 +39,7 @@ __all__ = [
     "skipped",
 ]
 
-LAYERS: Layers = {"lstm": torchrnn.LSTM, "gru": torchrnn.GRU}
-TORCH_LAYERS: Layers = {"lstm": nn.LSTM, "gru": nn.GRU}
+LAYERS = kinds(torchrnn)
 
 OURS = TorchLayer("torchrnn", LAYERS, lengths_forward)
 EXACT = TorchLayer("float64", TORCH_LAYERS, packed_forward, dtype=torch.float64)
@@ -104,13 +104,16 @@ def errors(case: Case, peers: Iterable[Peer]) -> dict[str, float]:
     What dropout drops is random, so a case with dropout is compared without it.
     """
     problem = make_problem(dataclasses.replace(shortened(case), keep=1.0))
-    exact = (EXACT_CELLS if EXACT_CELLS.supports(case) else EXACT).prepare(problem)()
-    return {peer.name: max(deviations(peer.prepare(problem)(), exact)) for peer in peers if peer is not PLAIN}
+    with grad_mode(case):
+        exact = (EXACT_CELLS if EXACT_CELLS.supports(case) else EXACT).prepare(problem)()
+        return {
+            peer.name: max(deviations(peer.prepare(problem)(), exact)) for peer in peers if peer is not PLAIN
+        }
 
 
-def deviations(values: Sequence[Any], exact: Sequence[Any]) -> list[float]:
+def deviations(values: Any, exact: Any) -> list[float]:
     """Returns the largest error of each tensor, relative to its largest value."""
     return [
-        float((torch.as_tensor(value).double() - true).abs().max() / true.abs().max())
-        for value, true in zip(values, exact, strict=True)
+        ((torch.as_tensor(value).double() - true).abs().max() / true.abs().max()).item()
+        for value, true in zip(pytree.tree_leaves(values), pytree.tree_leaves(exact), strict=True)
     ]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from bench.cases import Case
-from bench.peers.problem import Kind, Problem, Run, make_layer, make_run
+from bench.adapters.problem import Kind, Problem, Run, make_call, make_layer, make_run
+from bench.cases import STEP_GATES, Case
 
 Forward = Callable[[nn.Module, Tensor, Any, Tensor | None], tuple[Tensor, Any]]
 Layers = dict[str, Kind]
@@ -65,17 +65,27 @@ class TorchLayer:
     def supports(self, case: Case) -> bool:
         return case.cell in self.layers and (self.dtypes is None or case.dtype in self.dtypes)
 
-    def prepare(self, problem: Problem) -> Run:
+    def make(self, problem: Problem, dtype: torch.dtype) -> nn.Module:
+        """Returns the layer as it is called."""
         case = problem.case
-        dtype = self.dtype or problem.x.dtype
         options = {"dtype": dtype, "device": problem.x.device, **self.options}
         layer = make_layer(self.layers[case.cell], case, **options)
         layer.load_state_dict(problem.weights)
-        layer.train(case.mode == "train")  # cuDNN keeps what backward needs in training, gradients or not.
+        # cuDNN keeps what backward needs in training, gradients or not.
+        return layer.train(case.mode in ("train", "grad"))
+
+    def prepare(self, problem: Problem) -> Run:
+        case = problem.case
+        dtype = self.dtype or problem.x.dtype
+        layer = self.make(problem, dtype)
         parameters: list[Tensor] = list(layer.parameters())
         x, dy = problem.x.to(dtype, copy=True), problem.dy.to(dtype)
-        states = tuple(part.to(dtype) for part in problem.state)
-        state = None if not states else states if case.cell == "lstm" else states[0]
+        states = [part.to(dtype) for part in problem.state]
+        if case.cell in STEP_GATES:
+            states = [part[0] for part in states]
+        state = None if not states else tuple(states) if case.cell.startswith("lstm") else states[0]
+        if case.bare:
+            return make_call(case, layer, x, state)
 
         def forward() -> list[Tensor]:
             y, final = self.forward(layer, x, state, problem.lengths)

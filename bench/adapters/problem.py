@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from bench.cases import Case
+from bench.cases import STEP_GATES, Case
 
-# Tensors or arrays: output, final states and, in training, the gradients of the input and the parameters.
-Run = Callable[[], Sequence[Any]]
-Kind = Callable[..., nn.RNNBase]  # A class of layers with the arguments of torch.nn.LSTM.
+# Returns tensors or arrays: output, final states and, in training, the gradients of the input and the
+# parameters; from a bare call what the layer returns.
+Run = Callable[[], Any]
+Kind = Callable[..., nn.Module]  # A class with the arguments of torch.nn.LSTM, or of LSTMCell for one step.
+
+CLASSES = {
+    "lstm": "LSTM",
+    "gru": "GRU",
+    "rnn": "RNN",
+    "lstmcell": "LSTMCell",
+    "grucell": "GRUCell",
+    "rnncell": "RNNCell",
+}
+
+
+def kinds(module: Any) -> dict[str, Kind]:
+    """Returns the classes of torch.nn, or those with the same names of another module, by cell."""
+    return {cell: getattr(module, name) for cell, name in CLASSES.items()}
+
+
+TORCH_LAYERS = kinds(nn)
 
 
 @dataclass(frozen=True)
@@ -39,12 +59,13 @@ def make_problem(case: Case, device: str = "cpu") -> Problem:
         torch.manual_seed(0)
         x = torch.randn(case.steps, case.batch, case.inputs).to(dtype)
         dy = torch.randn(case.steps, case.batch, case.directions * case.hidden).to(dtype)
-        states = {"lstm": 2, "gru": 1}[case.cell] if case.streaming else 0
+        states = (2 if case.cell.startswith("lstm") else 1) if case.streaming else 0
         shape = case.layers * case.directions, case.batch, case.hidden
         state = tuple(torch.rand(shape).sub_(0.5).to(dtype) for _ in range(states))
         # As torch.nn initialises them: uniform in +-1/sqrt(H).
         with torch.device("meta"):
-            shapes = make_layer(nn.LSTM if case.cell.endswith("lstm") else nn.GRU, case).state_dict()
+            plain = nn.LSTM if case.cell.endswith("lstm") else nn.GRU
+            shapes = make_layer(TORCH_LAYERS.get(case.cell, plain), case).state_dict()
         weights = {
             name: torch.empty(like.shape).uniform_(-bound, bound).to(dtype) for name, like in shapes.items()
         }
@@ -52,9 +73,41 @@ def make_problem(case: Case, device: str = "cpu") -> Problem:
     return Problem(case, x, dy, state, lengths, weights)
 
 
-def make_layer(kind: Kind, case: Case, **options: Any) -> nn.RNNBase:
+def make_layer(kind: Kind, case: Case, **options: Any) -> nn.Module:
     """Returns a new layer of the case's sizes."""
+    if case.cell in STEP_GATES:
+        return kind(case.inputs, case.hidden, **options)
     return kind(case.inputs, case.hidden, case.layers, bidirectional=case.directions == 2, **options)
+
+
+def grad_mode(case: Case) -> contextlib.AbstractContextManager[Any]:
+    """Returns what the runs of a case are called in. Only a bare call does not bring it along."""
+    return torch.no_grad() if case.mode == "nograd" else contextlib.nullcontext()
+
+
+def make_call(case: Case, layer: nn.Module, x: Tensor, state: Any) -> Run:
+    """Returns the bare call of a layer, of a class that runs one step one call per step.
+
+    Args:
+        case: The case.
+        layer: What is called.
+        x: [T, B, I]
+        state: Its second argument, None if it is called without one.
+    """
+    given = () if state is None else (state,)
+    if case.cell not in STEP_GATES:
+        return partial(layer, x, *given)
+    inputs = x.unbind()
+    if case.steps == 1:
+        return partial(layer, *inputs, *given)
+
+    def loop() -> Any:
+        hx = state
+        for x_t in inputs:
+            hx = layer(x_t, hx)
+        return hx
+
+    return loop
 
 
 def make_run(
