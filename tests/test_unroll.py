@@ -679,13 +679,13 @@ def test_results_have_the_dtype_of_the_inputs(name: str, way: str, dtype: torch.
 def test_stepwise_calls_the_cell_and_ends_with_its_block() -> None:
     calls: list[int] = []
     cell, x = gru(), torch.randn(2, 3, 5)
-    cell.register_forward_hook(lambda *_: calls.append(1))
+    cell.register_forward_pre_hook(lambda *_: calls.append(1))
     with pytest.raises(KeyError), torchrnn.stepwise():
         run(cell, x)
         raise KeyError
     assert len(calls) == 3
     run(cell, x)
-    assert len(calls) == 3
+    assert len(calls) == 3 + 1  # Once before the sequence.
 
 
 def test_a_subclass_with_equations_of_its_own_is_not_run_by_those_of_its_base() -> None:
