@@ -471,12 +471,15 @@ class RNNCell(LazyModuleMixin, nn.Module):
         """The parameters that are trained, those of the cells inside too; none before the cell is built."""
         return [p for p in self.parameters() if p.requires_grad and not is_lazy(p)]
 
-    def tf_names(self) -> Iterator[tuple[str, nn.Module, str]]:
-        """Yields TensorFlow's name, the owner and the attribute of every variable, once each.
+    def tf_names(self, repeats: bool = False) -> Iterator[tuple[str, nn.Module, str]]:
+        """Yields TensorFlow's name, the owner and the attribute of every variable.
 
         The names start with the scope of this cell, as below the scope of an unrolling function.
+
+        Args:
+            repeats: Whether a cell that is in several places has its variables in each; else in the first.
         """
-        yield from _tf_names(self, "", set())
+        yield from _tf_names(self, "", None if repeats else set())
 
     # States -----------------------------------------------------------------------------------------------
 
@@ -669,10 +672,13 @@ def nested(cell: nn.Module) -> Iterator[tuple[int, str]]:
         yield 1, f"{type(cell).__name__}: generic loop, step by step; it is no torchrnn.rnn_cell.RNNCell"
 
 
-def _tf_names(cell: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str, nn.Module, str]]:
-    if id(cell) in seen or not isinstance(cell, RNNCell):
+def _tf_names(cell: nn.Module, prefix: str, seen: set[int] | None) -> Iterator[tuple[str, nn.Module, str]]:
+    if not isinstance(cell, RNNCell):
         return
-    seen.add(id(cell))
+    if seen is not None:
+        if id(cell) in seen:
+            return
+        seen.add(id(cell))
     scope = f"{prefix}{cell.name}/" if cell.name else prefix
     for attribute, (name, _) in cell._variables.items():
         if getattr(cell, attribute, None) is not None:
