@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.testing import assert_close
 
 import torchrnn
+from torchrnn.interop import from_keras, to_keras
 from torchrnn.rnn_cell import (
     BasicLSTMCell,
     DropoutWrapper,
@@ -335,6 +336,46 @@ def test_a_forward_hook_may_change_the_output_of_a_cell_inside() -> None:
     lines = torchrnn.explain(stack).splitlines()
     assert [("generic loop" in line) for line in lines] == [False, False, True, False]
     assert lines[2].endswith("GRUCell(4): generic loop, step by step; a forward hook sees each step")
+
+
+def keras_layer(name: str) -> Any:
+    gates, state = {"LSTM": 4, "GRU": 3, "SimpleRNN": 1}[name], torch.get_rng_state()
+    torch.manual_seed(1)
+    weights = [torch.randn(4, gates * 3), torch.randn(3, gates * 3)]
+    torch.set_rng_state(state)
+    config = {"units": 3, "use_bias": False, "return_sequences": True}
+    return from_keras({"class_name": name, "config": config}, weights)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "SimpleRNN"])
+def test_hooks_on_the_cells_of_a_keras_layer(name: str) -> None:
+    x, calls = torch.randn(2, T, 4), []
+    plain, pruned = keras_layer(name), keras_layer(name)
+    prune.l1_unstructured(pruned.cells[0], "kernel", 0.5)
+    with torch.no_grad():
+        plain.cells[0].kernel.mul_(pruned.cells[0].kernel_mask)
+    for _ in range(2):
+        outputs, _ = pruned(x)
+        assert_close(outputs, plain(x)[0])
+        outputs.sum().backward()
+        with torch.no_grad():
+            plain.cells[0].kernel.mul_(2)
+            pruned.cells[0].kernel_orig.mul_(2)
+    with pytest.raises(ValueError, match="kernel: is made at each run, by a forward pre-hook"):
+        to_keras(pruned)
+
+    expected, _ = plain(x)
+    cell = plain.cells[0]
+    cell.register_forward_pre_hook(lambda module, args: calls.append(1))
+    assert_close(plain(x)[0], expected)
+    assert len(calls) == 1
+    doubled = plain(torch.cat([2 * x]))[0]
+    handle = cell.register_forward_pre_hook(lambda module, args: (2 * args[0], args[1]))
+    assert_close(plain(x)[0], doubled)
+    assert len(calls) == 2 + T
+    handle.remove()
+    cell.register_forward_hook(lambda module, args, result: (result[0] + 1, result[1]))
+    assert_close(plain(x)[0], expected + 1)
 
 
 def test_hooks_on_fused_cells_run_once_as_on_any_module() -> None:

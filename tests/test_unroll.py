@@ -676,6 +676,21 @@ def test_results_have_the_dtype_of_the_inputs(name: str, way: str, dtype: torch.
     assert {leaf.dtype for leaf in grads([v.double() for v in pytree.tree_leaves(results)], x)} == {dtype}
 
 
+def test_names_of_0_x_are_known() -> None:
+    cell, x = gru(), steps()
+    state, lengths = torch.randn(2, 4), [3, 1]
+    expected = torchrnn.static_rnn(cell, x, state, None, lengths)
+    # The order of arguments in 0.12: cell, inputs, initial_state, dtype, sequence_length, scope.
+    torch.testing.assert_close(torchrnn.rnn(cell, x, state, None, lengths, "encoder"), expected)
+    saver = Saver({"h": state})
+    outputs, last = torchrnn.state_saving_rnn(cell, x, saver, "h", lengths, "encoder")
+    torch.testing.assert_close((outputs, last), expected)
+    both = torchrnn.bidirectional_rnn(cell, cell, x, state, state, None, lengths, "both")
+    torch.testing.assert_close(
+        both, torchrnn.static_bidirectional_rnn(cell, cell, x, state, state, None, lengths)
+    )
+
+
 def test_stepwise_calls_the_cell_and_ends_with_its_block() -> None:
     calls: list[int] = []
     cell, x = gru(), torch.randn(2, 3, 5)

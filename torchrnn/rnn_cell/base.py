@@ -26,7 +26,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter, is_lazy
 from torch.utils import _pytree as pytree
 
-from torchrnn.rnn_cell.hooks import is_plain, pre_hooks, run_pre_hooks, why_called
+from torchrnn.rnn_cell.hooks import before_sequence, is_plain, pre_hooks, why_called
 
 Nest = Any
 """A tensor, a size, or a structure of them."""
@@ -596,21 +596,12 @@ class RNNCell(LazyModuleMixin, nn.Module):
         unroll, _ = self._find_unroll()
         if unroll is None:
             return loop(self, inputs, state, run)
-        if not pre_hooks(self):
-            return unroll.function(self, inputs, state, run)
-        first = pytree.tree_map(lambda v: v[-1 if run.reverse else 0], inputs)
-        changed = run_pre_hooks(self, first, state)
-        if changed is None:
-            return unroll.function(self, inputs, state, run)
-        pending = [changed]
-
-        def step(inputs: Nest, state: Nest) -> Any:
-            if not pending:
-                return self(inputs, state)
-            args, kwargs = pending.pop()  # The hooks have run for the first step.
-            return self.forward(*args, **kwargs)
-
-        return loop(step, inputs, state, run)
+        if pre_hooks(self):
+            first = pytree.tree_map(lambda v: v[-1 if run.reverse else 0], inputs)
+            step = before_sequence(self, first, state)
+            if step is not None:
+                return loop(step, inputs, state, run)
+        return unroll.function(self, inputs, state, run)
 
     def describe(self) -> str:
         """Returns the class with its size."""

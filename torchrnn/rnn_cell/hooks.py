@@ -35,11 +35,16 @@ def pre_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
     }
 
 
-def run_pre_hooks(module: nn.Module, *given: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Runs the forward pre-hooks as a call with these arguments does, which stay as they are.
+def before_sequence(module: nn.Module, *given: Any) -> Callable[..., Any] | None:
+    """Runs the forward pre-hooks as the call for the first step of a sequence does.
+
+    Args:
+        module: Has no hooks that must see each call.
+        *given: The arguments of the first step, which stay as they are.
 
     Returns:
-        What the hooks make of the arguments for ``forward``, ``(args, kwargs)``; None if they leave them.
+        None if the hooks leave the arguments as they are: then any way over the sequence does. Else what to
+        call for each step, from the first one on, whose hooks have run.
     """
     args = _copied(given)
     kwargs: dict[str, Any] = {}
@@ -54,7 +59,15 @@ def run_pre_hooks(module: nn.Module, *given: Any) -> tuple[tuple[Any, ...], dict
     same = len(after) == len(before) and all(a is b for a, b in zip(after, before, strict=True))
     if same and not kwargs and [_version(leaf) for leaf in before] == versions:
         return None
-    return args, kwargs
+    first = [(args, kwargs)]
+
+    def step(*args: Any) -> Any:
+        if not first:
+            return module(*args)
+        changed, kwargs = first.pop()
+        return module.forward(*changed, **kwargs)
+
+    return step
 
 
 def _copied(nest: Any) -> Any:
