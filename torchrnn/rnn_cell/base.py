@@ -632,11 +632,12 @@ class _Unroll:
 
     def _change(self, cell: RNNCell) -> str | None:
         """Returns which part of a step is another one in a cell; None if none is."""
+        cls, own = type(cell), vars(cell)
         for name, part in self.parts.items():
-            if name in vars(cell):
+            if name in own:
                 return f"the cell has its own {name}"
-            if getattr(type(cell), name) is not part:
-                owner = next(base for base in type(cell).__mro__ if name in vars(base))
+            if getattr(cls, name) is not part:
+                owner = next(base for base in cls.__mro__ if name in vars(base))
                 if owner is not nn.Module:  # Whose __call__ torch.export replaces while it traces.
                     return f"{owner.__name__} overrides {name}"
         return None
