@@ -282,6 +282,14 @@ def test_a_changed_step_trains_as_by_calls() -> None:
     assert_close(found[0], found[1])
 
 
+def test_a_changed_step_compiles_in_one_graph() -> None:
+    cell, x = MultiRNNCell([Doubled(4), GRUCell(4)]), sequence("gru")
+    expected = run(cell, x)
+    torch._dynamo.reset()
+    assert_close(torch.compile(run, backend="eager", fullgraph=True)(cell, x), expected)
+    torch._dynamo.reset()
+
+
 # What is handed on ----------------------------------------------------------------------------------------
 
 

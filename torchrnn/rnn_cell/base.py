@@ -387,7 +387,8 @@ class RNNCell(LazyModuleMixin, nn.Module):
     @property
     def built(self) -> bool:
         """Whether the cell's own variables have values."""
-        return not any(p is not None and is_lazy(p) for p in self._parameters.values())
+        # As is_lazy, which torch.compile cannot trace.
+        return not any(isinstance(p, UninitializedParameter) for p in self._parameters.values())
 
     def build(
         self,
@@ -438,7 +439,6 @@ class RNNCell(LazyModuleMixin, nn.Module):
             parameter: Any = self._parameters.get(attribute)
             if parameter is None:
                 continue
-            # As is_lazy, which torch.compile cannot trace.
             is_new = isinstance(parameter, UninitializedParameter)
             if is_new or (self._guessed and tuple(parameter.shape) != shape):
                 chosen = self._dtype or dtype or torch.get_default_dtype()
