@@ -552,6 +552,19 @@ def test_an_activation_may_be_changed_after_the_constructor() -> None:
         assert_close(run(cell, x), run_by_calls(cell, x))
 
 
+@pytest.mark.parametrize("shape", [(), (4,)])
+@pytest.mark.parametrize("name", ["lstm", "layer norm basic", "coupled", "grouped", "ugrnn", "indy lstm"])
+def test_a_forget_bias_may_be_learnt(name: str, shape: tuple[int, ...]) -> None:
+    cell, x = CELLS[name](4), sequence(name)
+    run(cell, x)
+    cell.forget_bias = nn.Parameter(torch.full(shape, 0.7))
+    found = []
+    for way in (run, run_by_calls):
+        outputs, _ = way(cell, x)
+        found.append((outputs, *torch.autograd.grad(outputs.square().sum(), [cell.forget_bias])))
+    assert_close(found[0], found[1])
+
+
 def test_a_bound_method_of_another_object_may_stand_for_forward() -> None:
     class Hook:
         """What libraries that move weights put in front of a module's forward."""
