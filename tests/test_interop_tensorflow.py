@@ -11,10 +11,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import leaves
+from every_cell import CELLS, sequence
+from every_cell import run as run_cell
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import prune
 
 import torchrnn
+from torchrnn import rnn_cell
 from torchrnn.interop import load_tf_variables, tf_gradients, tf_variables
 from torchrnn.rnn_cell import BasicLSTMCell, BasicRNNCell, GRUCell, LSTMCell, MultiRNNCell, RNNCell
 
@@ -121,6 +125,17 @@ def test_variables_go_round(name: str, is_built: bool, scope: str, suffix: str) 
     assert all(map(torch.equal, run(target, x), run(source, x)))
 
 
+@pytest.mark.parametrize("name", CELLS)
+def test_variables_of_every_cell_go_round(name: str) -> None:
+    torch.set_default_dtype(F64)
+    source, targets, x = CELLS[name](U), [CELLS[name](U), CELLS[name](U)], sequence(name)
+    expected = run_cell(source, x)
+    run_cell(targets[1], x)
+    for target in targets:
+        load_tf_variables(target, tf_variables(source, "model/rnn"))
+        assert all(map(torch.equal, leaves(run_cell(target, x)), leaves(expected)))
+
+
 @pytest.mark.parametrize("name", MAKE)
 def test_names_of_1_0_are_those_with_weights_and_biases(name: str) -> None:
     source, target = built(name), MAKE[name]()
@@ -166,6 +181,304 @@ def test_names_of_0_x_are_known(name: str, old: list[str]) -> None:
     source, target = built(name), MAKE[name]()
     load_tf_variables(target, dict(zip(old, tf_variables(source).values(), strict=True)))
     assert_same(tf_variables(target), tf_variables(source))
+
+
+GATES = ("gates/kernel", "gates/bias", "candidate/kernel", "candidate/bias")
+BLOCK_GATES = ("w_ru", "b_ru", "w_c", "b_c")
+PEEPHOLES = ("w_i_diag", "w_f_diag", "w_o_diag")
+NORMS = [
+    f"{norm}/{name}"
+    for norm in ("input", "transform", "forget", "output", "state")
+    for name in ("gamma", "beta")
+]
+
+
+def below(old: str, new: str, *names: str | tuple[str, str]) -> dict[str, str]:
+    """Returns old names -> those of today, below their scopes; two names where they are not the same."""
+    pairs = [(name, name) if isinstance(name, str) else name for name in names]
+    return {f"{old}/{was}": f"{new}/{now}" for was, now in pairs}
+
+
+def old_gru(scope: str, linear: str = "Linear/") -> dict[str, str]:
+    matrix, bias = ("Matrix", "Bias") if linear else ("weights", "biases")
+    gates = ("Gates", "Candidate") if linear else ("gates", "candidate")
+    pairs = [
+        (f"{gate}/{linear}{was}", f"{gate.lower()}/{now}")
+        for gate in gates
+        for was, now in ((matrix, "kernel"), (bias, "bias"))
+    ]
+    return below("GRUCell" if linear else "gru_cell", f"{scope}gru_cell", *pairs)
+
+
+LINEAR = (("Linear/Matrix", "kernel"), ("Linear/Bias", "bias"))
+WEIGHTS = (("weights", "kernel"), ("biases", "bias"))
+# As variables of these versions were called: in their sources, and in the list of names that TensorFlow's
+# contrib/rnn/python/tools/checkpoint_convert.py converts.
+FORMER: dict[str, tuple[Any, dict[str, str]]] = {
+    "NASCell, 1.1": (
+        lambda: rnn_cell.NASCell(U, 2, use_bias=True),
+        below(
+            "nas_rnn",
+            "nas_cell",
+            ("weights", "kernel"),
+            ("recurrent_weights", "recurrent_kernel"),
+            "bias",
+            "projection_weights",
+        ),
+    ),
+    "NASCell, converted": (
+        lambda: rnn_cell.NASCell(U),
+        below("nas_rnn", "nas_cell", "kernel", "recurrent_kernel"),
+    ),
+    "LSTMBlockFusedCell, 0.12": (
+        lambda: rnn_cell.LSTMBlockFusedCell(U, use_peephole=True),
+        below(
+            "LSTMBlockFusedCell",
+            "lstm_fused_cell",
+            ("W_0", "kernel"),
+            ("B", "bias"),
+            *(
+                (name.replace("w_", "W_").replace("_i", "_I").replace("_f", "_F").replace("_o", "_O"), name)
+                for name in PEEPHOLES
+            ),
+        ),
+    ),
+    "LSTMBlockFusedCell, 1.0": (
+        lambda: rnn_cell.LSTMBlockFusedCell(U, use_peephole=True),
+        below("lstm_block_wrapper", "lstm_fused_cell", *WEIGHTS, *PEEPHOLES),
+    ),
+    "LSTMBlockFusedCell, 1.2": (
+        lambda: rnn_cell.LSTMBlockFusedCell(U),
+        below("lstm_block_wrapper", "lstm_fused_cell", "kernel", "bias"),
+    ),
+    "LSTMBlockCell, 0.12": (
+        lambda: rnn_cell.LSTMBlockCell(U, use_peephole=True),
+        below(
+            "LSTMBlockCell",
+            "lstm_cell",
+            ("W", "kernel"),
+            ("b", "bias"),
+            ("wci", "w_i_diag"),
+            ("wcf", "w_f_diag"),
+            ("wco", "w_o_diag"),
+        ),
+    ),
+    "LSTMBlockCell, 0.12, compatible": (
+        lambda: rnn_cell.LSTMBlockCell(U),
+        below("LSTMCell", "lstm_cell", ("W_0", "kernel"), ("B", "bias")),
+    ),
+    "LSTMBlockCell, 1.0": (lambda: rnn_cell.LSTMBlockCell(U), below("lstm_cell", "lstm_cell", *WEIGHTS)),
+    "CudnnCompatibleLSTMCell, of CudnnLSTM": (
+        lambda: rnn_cell.CudnnCompatibleLSTMCell(U),
+        below(
+            "cudnn_lstm/rnn/multi_rnn_cell/cell_0/cudnn_compatible_lstm_cell",
+            "cudnn_compatible_lstm_cell",
+            "kernel",
+            "bias",
+        ),
+    ),
+    "GRUBlockCell, to 1.7": (
+        lambda: rnn_cell.GRUBlockCell(U),
+        below("GRUBlockCell", "gru_cell", *BLOCK_GATES),
+    ),
+    "GRUBlockCellV2, 1.4": (
+        lambda: rnn_cell.GRUBlockCellV2(U),
+        below("GRUBlockCellV2", "gru_cell", *GATES),
+    ),
+    "GRUBlockCellV2 from GRUBlockCell": (
+        lambda: rnn_cell.GRUBlockCellV2(U),
+        below("gru_cell", "gru_cell", *zip(BLOCK_GATES, GATES, strict=True)),
+    ),
+    "GRUCell from GRUBlockCell, 1.0": (
+        lambda: GRUCell(U),
+        below("GRUBlockCell", "gru_cell", *zip(BLOCK_GATES, GATES, strict=True)),
+    ),
+    "GRUBlockCell from GRUCell": (
+        lambda: rnn_cell.GRUBlockCell(U),
+        below("gru_cell", "gru_cell", *zip(GATES, BLOCK_GATES, strict=True)),
+    ),
+    "LayerNormBasicLSTMCell, 0.12": (
+        lambda: rnn_cell.LayerNormBasicLSTMCell(U),
+        below("LayerNormBasicLSTMCell", "layer_norm_basic_lstm_cell", ("linear/weights", "kernel"), *NORMS),
+    ),
+    "LayerNormBasicLSTMCell, 0.12, not normalised": (
+        lambda: rnn_cell.LayerNormBasicLSTMCell(U, layer_norm=False),
+        below(
+            "LayerNormBasicLSTMCell",
+            "layer_norm_basic_lstm_cell",
+            ("linear/weights", "kernel"),
+            ("linear/b", "bias"),
+        ),
+    ),
+    "LayerNormBasicLSTMCell, 1.0": (
+        lambda: rnn_cell.LayerNormBasicLSTMCell(U, layer_norm=False),
+        below("layer_norm_basic_lstm_cell", "layer_norm_basic_lstm_cell", *WEIGHTS),
+    ),
+    "UGRNNCell, 1.1": (lambda: rnn_cell.UGRNNCell(U), below("ugrnn_cell", "ugrnn_cell", *WEIGHTS)),
+    "IntersectionRNNCell, 1.1": (
+        lambda: rnn_cell.IntersectionRNNCell(U, U),
+        below(
+            "intersection_rnn_cell",
+            "intersection_rnn_cell",
+            *WEIGHTS,
+            ("in_projection/weights", "in_projection/kernel"),
+            ("in_projection/biases", "in_projection/bias"),
+        ),
+    ),
+    "CoupledInputForgetGateLSTMCell, 0.12": (
+        lambda: rnn_cell.CoupledInputForgetGateLSTMCell(U, True, num_proj=2),
+        below(
+            "CoupledInputForgetGateLSTMCell",
+            "coupled_input_forget_gate_lstm_cell",
+            "W_0",
+            "B",
+            "W_F_diag",
+            "W_O_diag",
+            "W_P_0",
+        ),
+    ),
+    "TimeFreqLSTMCell, 0.12": (
+        lambda: rnn_cell.TimeFreqLSTMCell(U, feature_size=2),
+        below("TimeFreqLSTMCell", "time_freq_lstm_cell", "W_0", "B"),
+    ),
+    "GridLSTMCell, 0.12": (
+        lambda: rnn_cell.GridLSTMCell(U, feature_size=1, frequency_skip=1, num_frequency_blocks=[3]),
+        below("GridLSTMCell", "grid_lstm_cell", "W_f_0_0", "B_f_0", "W_t_0_0", "B_t_0"),
+    ),
+    "AttentionCellWrapper, 0.12": (
+        lambda: rnn_cell.AttentionCellWrapper(BasicRNNCell(U), 2),
+        below(
+            "AttentionCellWrapper",
+            "attention_cell_wrapper",
+            *LINEAR,
+            ("Attention/AttnW", "attention/attn_w"),
+            ("Attention/AttnV", "attention/attn_v"),
+            ("Attention/Linear/Matrix", "attention/kernel"),
+            ("Attention/Linear/Bias", "attention/bias"),
+            ("AttnOutputProjection/Linear/Matrix", "attn_output_projection/kernel"),
+            ("AttnOutputProjection/Linear/Bias", "attn_output_projection/bias"),
+            ("BasicRNNCell/Linear/Matrix", "basic_rnn_cell/kernel"),
+            ("BasicRNNCell/Linear/Bias", "basic_rnn_cell/bias"),
+        ),
+    ),
+    "AttentionCellWrapper, 1.0": (
+        lambda: rnn_cell.AttentionCellWrapper(BasicRNNCell(U), 2),
+        below(
+            "attention_cell_wrapper",
+            "attention_cell_wrapper",
+            *WEIGHTS,
+            "attention/attn_w",
+            "attention/attn_v",
+            ("attention/weights", "attention/kernel"),
+            ("attention/biases", "attention/bias"),
+            ("attn_output_projection/weights", "attn_output_projection/kernel"),
+            ("attn_output_projection/biases", "attn_output_projection/bias"),
+            ("basic_rnn_cell/weights", "basic_rnn_cell/kernel"),
+            ("basic_rnn_cell/biases", "basic_rnn_cell/bias"),
+        ),
+    ),
+    # The cell inside stood beside these wrappers.
+    "InputProjectionWrapper, 0.12": (
+        lambda: rnn_cell.InputProjectionWrapper(GRUCell(U), 2),
+        below("InputProjectionWrapper", "input_projection_wrapper", *LINEAR)
+        | old_gru("input_projection_wrapper/"),
+    ),
+    "InputProjectionWrapper, 1.0": (
+        lambda: rnn_cell.InputProjectionWrapper(GRUCell(U), 2),
+        below("input_projection_wrapper", "input_projection_wrapper", *WEIGHTS)
+        | old_gru("input_projection_wrapper/", ""),
+    ),
+    "OutputProjectionWrapper, 0.12": (
+        lambda: rnn_cell.OutputProjectionWrapper(GRUCell(U), 2),
+        below("OutputProjectionWrapper", "output_projection_wrapper", *LINEAR)
+        | old_gru("output_projection_wrapper/"),
+    ),
+    "EmbeddingWrapper, 0.12": (
+        lambda: rnn_cell.EmbeddingWrapper(GRUCell(U), 5, 2),
+        below("EmbeddingWrapper", "embedding_wrapper", "embedding") | old_gru("embedding_wrapper/"),
+    ),
+    "EmbeddingWrapper, 1.0": (
+        lambda: rnn_cell.EmbeddingWrapper(GRUCell(U), 5, 2),
+        below("embedding_wrapper", "embedding_wrapper", "embedding") | old_gru("embedding_wrapper/", ""),
+    ),
+    "wrappers in a stack, 1.0": (
+        lambda: MultiRNNCell(
+            [rnn_cell.OutputProjectionWrapper(rnn_cell.InputProjectionWrapper(BasicLSTMCell(U), 2), 2)]
+        ),
+        {
+            f"multi_rnn_cell/cell_0/{was}/{old}": f"multi_rnn_cell/cell_0/{now}/{new}"
+            for was, now in (
+                ("output_projection_wrapper", "output_projection_wrapper"),
+                ("input_projection_wrapper", "output_projection_wrapper/input_projection_wrapper"),
+                ("basic_lstm_cell", "output_projection_wrapper/input_projection_wrapper/basic_lstm_cell"),
+            )
+            for old, new in WEIGHTS
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("scope", ["", "rnn/", "model/RNN/"])
+@pytest.mark.parametrize("is_built", [False, True])
+@pytest.mark.parametrize("name", FORMER)
+def test_former_names_are_known(name: str, is_built: bool, scope: str) -> None:
+    make, names = FORMER[name]
+    source, target = make(), make()
+    source.build(N, F64)
+    if is_built:
+        target.build(N, F64)
+    today = tf_variables(source)
+    assert sorted(today) == sorted(names.values())
+    load_tf_variables(target, {f"{scope}{old}:0": today[new] for old, new in names.items()})
+    assert_same(tf_variables(target), today)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["rnn/lstm_cell/weights/part_{}"], ["RNN/LSTMCell/W_{}:0"], ["LSTMCell/W_{}", "LSTMCell/W_P_{}"]],
+    ids=str,
+)
+def test_shards_of_a_matrix_are_put_together(names: list[str]) -> None:
+    def make() -> LSTMCell:
+        return LSTMCell(U, num_proj=2 if len(names) > 1 else None)
+
+    source, target = make(), make()
+    source.build(N, F64)
+    given = tf_variables(source, names[0].rpartition("LSTMCell")[0] + "" if "LSTM" in names[0] else "rnn")
+    kernels = [name for name in given if name.endswith("kernel")]
+    for kernel, shard in zip(kernels, names, strict=True):
+        for i, rows in enumerate(np.array_split(given.pop(kernel), 3)):
+            given[shard.format(i)] = rows
+    load_tf_variables(target, given)
+    assert_same(tf_variables(target), tf_variables(source))
+    del given[names[0].format(1)]
+    with pytest.raises(ValueError, match=r"not of this cell: .*[W_t]_[02]"):
+        load_tf_variables(make(), given)
+
+
+def test_shards_of_unequal_columns_are_refused() -> None:
+    given = {"LSTMCell/W_0": np.zeros((3, 16)), "LSTMCell/W_1": np.zeros((4, 15)), "LSTMCell/B": np.zeros(16)}
+    with pytest.raises(
+        ValueError, match=r"W_0: shards must have one number of columns, got \[3, 16\], \[4, 15"
+    ):
+        load_tf_variables(LSTMCell(U), given)
+
+
+def test_variables_of_a_users_own_cell_are_no_shards() -> None:
+    class Own(RNNCell):
+        scope = "own"
+
+        def __init__(self) -> None:
+            super().__init__()
+            for i in range(2):
+                self.add_variable(f"W_{i}")
+
+        def variable_shapes(self, input_size: int) -> dict[str, tuple[int, ...]]:
+            return {"W_0": (2, 3), "W_1": (2, 3)}
+
+    cell, given = Own(), arrays({"W_0": (2, 3), "W_1": (2, 3)}, "own/")
+    load_tf_variables(cell, given)
+    assert_same(tf_variables(cell), given)
 
 
 def test_name_of_the_cell_is_its_scope() -> None:
@@ -314,7 +627,14 @@ def test_stack_of_pairs_has_the_names_of_both_versions() -> None:
     dynamic = tf_variables(source, "stack_bidirectional_rnn")
     static = {name.replace("bidirectional_rnn/fw", "fw"): value for name, value in dynamic.items()}
     static = {name.replace("bidirectional_rnn/bw", "bw"): value for name, value in static.items()}
-    for given in (dynamic, static):
+    old = {
+        name.replace("stack_bidirectional_rnn/cell_", "StackRNN/Layer")
+        .replace("bidirectional_rnn/fw", "BiRNN/FW")
+        .replace("bidirectional_rnn/bw", "BiRNN/BW"): value
+        for name, value in dynamic.items()
+    }
+    assert "StackRNN/Layer1/BiRNN/BW/lstm_cell/bias" in old
+    for given in (dynamic, static, old):
         pairs = layers()
         load_tf_variables(pairs, given)
         assert_same(tf_variables(pairs), tf_variables(source))
@@ -422,6 +742,103 @@ def test_stack_missing_a_layer_names_what_is_missing() -> None:
         ValueError, match="missing: rnn/multi_rnn_cell/cell_1/lstm_cell/kernel, rnn/multi_rnn"
     ):
         load_tf_variables(stack, lstm_arrays("rnn/multi_rnn_cell/cell_0/lstm_cell/"))
+
+
+def layers(count: int, scope: str = "multi_rnn_cell/cell_{}/") -> dict[str, Any]:
+    return {k: v for i in range(count) for k, v in lstm_arrays(scope.format(i) + "lstm_cell/", U).items()}
+
+
+BUILD_TWO = r"; the same LSTMCell object is in 2 places, and has one set of variables: build separate cells, "
+BUILD_TWO += r"\[LSTMCell\(...\) for _ in range\(2\)\]$"
+
+
+@pytest.mark.filterwarnings("ignore:At least two cells")
+@pytest.mark.parametrize("is_built", [False, True])
+@pytest.mark.parametrize(
+    ("around", "given"),
+    [
+        (lambda cell: MultiRNNCell([cell] * 2), layers(2)),
+        (lambda cell: MultiRNNCell([rnn_cell.DropoutWrapper(cell), cell]), layers(2)),
+        (lambda cell: MultiRNNCell([rnn_cell.ResidualWrapper(cell) for _ in range(2)]), layers(2)),
+        (lambda cell: (cell, cell), lstm_arrays("fw/lstm_cell/", U) | lstm_arrays("bw/lstm_cell/", U)),
+        (
+            lambda cell: [(cell, LSTMCell(U)), (cell, LSTMCell(U))],
+            layers(2, "cell_{}/bidirectional_rnn/fw/") | layers(2, "cell_{}/bidirectional_rnn/bw/"),
+        ),
+        (
+            lambda cell: ([cell, LSTMCell(U)], [LSTMCell(U), cell]),
+            layers(2, "cell_{}/bidirectional_rnn/fw/") | layers(2, "cell_{}/bidirectional_rnn/bw/"),
+        ),
+    ],
+    ids=["stack", "wrapped once", "wrapped", "pair", "layers forwards", "across"],
+)
+def test_variables_for_each_place_of_one_cell_are_refused_with_a_hint(
+    around: Any, given: dict[str, Any], is_built: bool
+) -> None:
+    cell = LSTMCell(U)
+    if is_built:
+        cell.build(U, F64)
+    before = state_of(cell)
+    with pytest.raises(ValueError, match=BUILD_TWO):
+        load_tf_variables(around(cell), {f"model/{name}:0": value for name, value in given.items()})
+    assert all(
+        a is b if b is None else torch.equal(a, b) for a, b in zip(state_of(cell), before, strict=True)
+    )
+
+
+def test_more_layers_than_there_are_is_no_matter_of_shared_cells() -> None:
+    for cell in (MultiRNNCell([LSTMCell(U)]), MultiRNNCell([LSTMCell(U), LSTMCell(U)])):
+        with pytest.raises(ValueError, match=r"^variables not of this cell: [^;]*cell_2/lstm_cell/bias$"):
+            load_tf_variables(cell, layers(3))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda cell: prune.l1_unstructured(cell, "kernel", 0.5),
+        lambda cell: nn.utils.spectral_norm(cell, "kernel"),
+        lambda cell: nn.utils.parametrizations.weight_norm(cell, "kernel"),
+    ],
+    ids=["prune", "spectral_norm", "parametrized"],
+)
+def test_a_variable_that_is_made_from_others_cannot_be_set(make: Any) -> None:
+    cell = LSTMCell(U)
+    cell.build(N, F64)
+    make(cell)
+    before = state_of(cell)
+    with pytest.raises(
+        ValueError, match="lstm_cell/kernel: is made from other parameters, remove what makes"
+    ):
+        load_tf_variables(MultiRNNCell([cell]), lstm_arrays("multi_rnn_cell/cell_0/lstm_cell/"))
+    assert all(map(torch.equal, state_of(cell), before))
+
+
+def test_a_variable_that_is_made_at_each_run_is_not_given_as_it_was_made_last() -> None:
+    cell = LSTMCell(U)
+    cell.build(N, F64)
+    prune.l1_unstructured(cell, "kernel", 0.5)
+    for function in (tf_variables, tf_gradients):
+        with pytest.raises(
+            ValueError, match="rnn/lstm_cell/kernel: is made at each run, by a forward pre-hook"
+        ):
+            function(cell, "rnn")
+    prune.remove(cell, "kernel")
+    assert not tf_variables(cell)["lstm_cell/kernel"].all()
+
+
+def test_a_parametrized_variable_is_given_as_it_is_used() -> None:
+    cell = LSTMCell(U)
+    cell.build(N, F64)
+    nn.utils.parametrizations.weight_norm(cell, "kernel")
+    run(cell, torch.randn(2, 5, N, dtype=F64))[0].sum().backward()
+    with torch.no_grad():
+        cell.parametrizations.kernel.original0.mul_(2)
+    assert_same(
+        tf_variables(cell),
+        {"lstm_cell/kernel": cell.kernel.detach().numpy(), "lstm_cell/bias": cell.bias.detach().numpy()},
+    )
+    with pytest.raises(ValueError, match="lstm_cell/kernel: has no gradient, as it is parametrized"):
+        tf_gradients(cell)
 
 
 def test_nothing_given_names_all() -> None:

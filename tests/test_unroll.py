@@ -676,16 +676,31 @@ def test_results_have_the_dtype_of_the_inputs(name: str, way: str, dtype: torch.
     assert {leaf.dtype for leaf in grads([v.double() for v in pytree.tree_leaves(results)], x)} == {dtype}
 
 
+def test_names_of_0_x_are_known() -> None:
+    cell, x = gru(), steps()
+    state, lengths = torch.randn(2, 4), [3, 1]
+    expected = torchrnn.static_rnn(cell, x, state, None, lengths)
+    # The order of arguments in 0.12: cell, inputs, initial_state, dtype, sequence_length, scope.
+    torch.testing.assert_close(torchrnn.rnn(cell, x, state, None, lengths, "encoder"), expected)
+    saver = Saver({"h": state})
+    outputs, last = torchrnn.state_saving_rnn(cell, x, saver, "h", lengths, "encoder")
+    torch.testing.assert_close((outputs, last), expected)
+    both = torchrnn.bidirectional_rnn(cell, cell, x, state, state, None, lengths, "both")
+    torch.testing.assert_close(
+        both, torchrnn.static_bidirectional_rnn(cell, cell, x, state, state, None, lengths)
+    )
+
+
 def test_stepwise_calls_the_cell_and_ends_with_its_block() -> None:
     calls: list[int] = []
     cell, x = gru(), torch.randn(2, 3, 5)
-    cell.register_forward_hook(lambda *_: calls.append(1))
+    cell.register_forward_pre_hook(lambda *_: calls.append(1))
     with pytest.raises(KeyError), torchrnn.stepwise():
         run(cell, x)
         raise KeyError
     assert len(calls) == 3
     run(cell, x)
-    assert len(calls) == 3
+    assert len(calls) == 3 + 1  # Once before the sequence.
 
 
 def test_a_subclass_with_equations_of_its_own_is_not_run_by_those_of_its_base() -> None:

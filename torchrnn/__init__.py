@@ -22,8 +22,10 @@ from torchrnn.unroll import bidirectional_rnn as bidirectional_rnn
 from torchrnn.unroll import dynamic_rnn as dynamic_rnn
 from torchrnn.unroll import explain as explain
 from torchrnn.unroll import raw_rnn as raw_rnn
+from torchrnn.unroll import rnn as rnn
 from torchrnn.unroll import stack_bidirectional_dynamic_rnn as stack_bidirectional_dynamic_rnn
 from torchrnn.unroll import stack_bidirectional_rnn as stack_bidirectional_rnn
+from torchrnn.unroll import state_saving_rnn as state_saving_rnn
 from torchrnn.unroll import static_bidirectional_rnn as static_bidirectional_rnn
 from torchrnn.unroll import static_rnn as static_rnn
 from torchrnn.unroll import static_state_saving_rnn as static_state_saving_rnn

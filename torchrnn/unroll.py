@@ -27,6 +27,7 @@ from torchrnn.rnn_cell.base import (
     Run,
     alive_mask,
     assert_cell,
+    build_cell,
     describe,
     float_dtype,
     is_size,
@@ -156,6 +157,10 @@ def static_rnn(
     return _unstack(outputs, len(inputs)), state
 
 
+rnn = static_rnn
+"""The name in TensorFlow 0.x."""
+
+
 def static_state_saving_rnn(
     cell: Any,
     inputs: Sequence[Nest],
@@ -194,6 +199,10 @@ def static_state_saving_rnn(
     for name, value in zip(names, pytree.tree_leaves(state), strict=True):
         state_saver.save_state(name, value)
     return outputs, state
+
+
+state_saving_rnn = static_state_saving_rnn
+"""The name in TensorFlow 0.x."""
 
 
 # Two directions -------------------------------------------------------------------------------------------
@@ -424,9 +433,8 @@ def _run(
     steps, batch = first.shape[:2]
     lengths = row_lengths(sequence_length, steps, batch, first.device)
     kind = _check_dtypes(x, initial_state, dtype)
-    if isinstance(cell, RNNCell) and steps:
-        # Before there is a state: of some cells the sizes go by the inputs.
-        cell.build_for(pytree.tree_map(lambda v: v[0], x), kind)
+    if steps:  # Before there is a state: of some cells the sizes go by the inputs.
+        build_cell(cell, pytree.tree_map(lambda v: v[0], x), kind, first.device)
     state = _initial_state(cell, first, initial_state, dtype)
     start_sequence(cell)
     run = Run(lengths, reverse)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
 from torchrnn import ops
@@ -33,6 +34,7 @@ from torchrnn.rnn_cell.base import (
     loop,
 )
 from torchrnn.rnn_cell.engine import gate_columns, gate_vector
+from torchrnn.rnn_cell.hooks import before_sequence, pre_hooks, why_called
 
 _MERGES = ("concat", "sum", "ave", "mul", None)
 _MORE_ACTIVATIONS: dict[str, Activation] = {
@@ -213,8 +215,11 @@ class KerasCell(nn.Module):
             mask = F.dropout(torch.ones_like(state[0]), self.recurrent_dropout)
         activation = kernel_activation(self.activation)
         is_known = self.gates == 1 or self.recurrent_activation is torch.sigmoid
-        if mask is not None or activation is None or not is_known:
+        is_changed = why_called(self) or not vars(self).keys().isdisjoint({"forward", "step"})
+        if mask is not None or activation is None or not is_known or is_changed:
             return loop(partial(self, mask=mask), x, state, Run(lengths))
+        if pre_hooks(self) and (step := before_sequence(self, x[0], state)) is not None:
+            return loop(step, x, state, Run(lengths))
         kernels = (gate_columns(kernel, self.order) for kernel in (self.kernel, self.recurrent_kernel))
         w_ih, w_hh = (kernel.t().contiguous() for kernel in kernels)
         b_ih, b_hh = ([] if b is None else [gate_vector(b, self.order)] for b in self.biases())
@@ -538,5 +543,12 @@ def _weights(module: nn.Module) -> Iterator[Tensor]:
     if not isinstance(module, KerasRNN | KerasBidirectional):
         raise TypeError(f"module must be one of from_keras, got {type(module).__name__}")
     for cell in module.modules():
-        if isinstance(cell, KerasCell):
-            yield from (w for w in (cell.kernel, cell.recurrent_kernel, cell.bias) if w is not None)
+        if not isinstance(cell, KerasCell):
+            continue
+        for name in ("kernel", "recurrent_kernel", "bias"):
+            weight = getattr(cell, name)
+            if weight is None:
+                continue
+            if name not in cell._parameters and not is_parametrized(cell, name):
+                raise ValueError(f"{name}: is made at each run, by a forward pre-hook: remove that first")
+            yield weight

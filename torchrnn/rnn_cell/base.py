@@ -8,13 +8,16 @@ One file, as what a cell is made of, the cell and the loop over it are used toge
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from types import FunctionType
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +27,7 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 from torch.utils import _pytree as pytree
 
 from torchrnn._tools import script
+from torchrnn.rnn_cell.hooks import before_sequence, is_plain, pre_hooks, why_called
 
 Nest = Any
 """A tensor, a size, or a structure of them."""
@@ -131,6 +135,8 @@ def activation_of(value: str | Activation | None, default: str = "tanh") -> Acti
 
 def kernel_activation(function: Activation) -> str | None:
     """Returns by which name the kernels know an activation; None if they do not."""
+    if not isinstance(function, Hashable) or (isinstance(function, nn.Module) and not is_plain(function)):
+        return None
     return _KERNEL_NAMES.get(function) or _KERNEL_NAMES.get(type(function))
 
 
@@ -138,7 +144,28 @@ def why_no_kernel(activation: Activation) -> str | None:
     """Returns that no kernel has an activation, for ``RNNCell.why_loop``; None if the kernels have it."""
     if kernel_activation(activation) is not None:
         return None
-    return f"no kernel has the activation {getattr(activation, '__name__', type(activation).__name__)}"
+    hooked = "hooks on " if type(activation) in _KERNEL_NAMES else ""
+    return f"no kernel has {hooked}the activation {name_of(activation)}"
+
+
+def why_each_step(activation: Activation) -> str | None:
+    """Returns that an activation is called for each step, which one of the user's has to be; else None."""
+    if kernel_activation(activation) is not None or activation in ACTIVATIONS.values():
+        return None
+    return f"the activation {name_of(activation)} is called for each step"
+
+
+def activate(activation: Activation, x: Tensor) -> Tensor:
+    """Returns what an activation makes of the steps of x [T, B, ...], all at once where it may be."""
+    if why_each_step(activation) is None:
+        return activation(x)
+    return torch.stack([activation(step) for step in x])
+
+
+def name_of(activation: Activation) -> str:
+    """Returns the name of a function, or the class of another callable."""
+    name: str = getattr(activation, "__name__", type(activation).__name__)
+    return name
 
 
 def glorot_uniform(tensor: Tensor) -> None:
@@ -236,8 +263,11 @@ class RNNCell(LazyModuleMixin, nn.Module):
     ``(output, new_state)`` of one step. If it has variables of its own, it declares them in ``__init__`` by
     ``add_variable`` and gives their shapes in ``variable_shapes``; or it holds parameters and modules as any
     ``nn.Module``. A subclass that knows a faster way over a whole sequence than step by step overrides
-    ``unroll``, ``why_loop`` and ``way``; one that overrides ``call`` or ``forward`` alone runs step by step,
-    whatever way its base knows.
+    ``unroll``, ``why_loop`` and ``way``. One that overrides a part of a step and not ``unroll`` runs step by
+    step, whatever way its base knows: ``__call__``, ``forward``, ``call``, ``check_inputs`` or what is
+    private. (``class Sub(Base, keeps_unroll=True)`` keeps the way of its base.) So does a cell on which such
+    a part has been set, and one with hooks; but forward pre-hooks that leave the inputs as they are run once,
+    before the sequence, and see its first step.
 
     Args:
         name: The variable scope; by default the class's ``scope``.
@@ -253,25 +283,48 @@ class RNNCell(LazyModuleMixin, nn.Module):
     __prepare_scriptable__ = script.refuse
 
     _zero_state_takes_device = True
+    _guessed = False
+    """Whether the variables are built for inputs of which only a call can say whether the cell reads them."""
+    _step_parts: ClassVar[tuple[str, ...]] = ("__call__", "forward", "call", "check_inputs")
+    """The parts of a step that ``unroll`` does without, besides private ones."""
+    _unroll: ClassVar[_Unroll]
+    """What a class that defines ``unroll`` notes of it."""
+    _unrolls: ClassVar[tuple[_Unroll, ...]] = ()
+    """That of the class and of its bases, from the nearest on."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, *, keeps_unroll: bool = False, **kwargs: Any) -> None:
+        """Notes which ``unroll`` the class has, and of which steps.
+
+        Args:
+            keeps_unroll: Whether the inherited ``unroll`` does what steps of this class do, whatever it
+                overrides.
+            **kwargs: For other bases.
+        """
         super().__init_subclass__(**kwargs)
         # TensorFlow's signature has no device, and a user's cell may keep to it.
         cls._zero_state_takes_device = "device" in inspect.signature(cls.zero_state).parameters
-        if cls._first_defined("unroll", "call", "forward") != "unroll":
-            cls._run_as(RNNCell)
+        owner = next(base for base in cls.__mro__ if "unroll" in vars(base))
+        if owner is cls or keeps_unroll or not issubclass(owner, RNNCell):
+            function = cls._unrolls[0].function if keeps_unroll else cls.unroll
+            parts = {name: getattr(cls, name) for name in cls._names_of_parts()}
+            cls._unroll = _Unroll(cls, function, parts)
+            cls.unroll = _entrance(cls._unroll)  # type: ignore[method-assign]
+        cls._unrolls = tuple(vars(base)["_unroll"] for base in cls.__mro__ if "_unroll" in vars(base))
+
+    @classmethod
+    def _names_of_parts(cls) -> Iterator[str]:
+        """Yields the names of the methods and properties that a step of the class may be made of."""
+        yield from cls._step_parts
+        for base in cls.__mro__[: cls.__mro__.index(RNNCell)]:
+            for name, value in vars(base).items():
+                is_private = name.startswith("_") and not name.startswith("__")
+                if is_private and isinstance(value, FunctionType | property):
+                    yield name
 
     @classmethod
     def _first_defined(cls, *names: str) -> str:
         """Returns which of the methods the class has from the nearest base; of one base, the first."""
         return next(name for base in cls.__mro__ for name in names if name in vars(base))
-
-    @classmethod
-    def _run_as(cls, base: type[RNNCell]) -> None:
-        """Leaves the inherited way over a sequence, which computes another step than that of the class."""
-        if cls.unroll is not base.unroll:
-            for name in {"unroll", "why_loop", "way", "paths"} - vars(cls).keys():
-                setattr(cls, name, getattr(base, name))
 
     def __init__(
         self, *, name: str | None = None, dtype: torch.dtype | None = None, reuse: bool | None = None
@@ -337,7 +390,8 @@ class RNNCell(LazyModuleMixin, nn.Module):
     @property
     def built(self) -> bool:
         """Whether the cell's own variables have values."""
-        return not any(p is not None and is_lazy(p) for p in self._parameters.values())
+        # As is_lazy, which torch.compile cannot trace.
+        return not any(isinstance(p, UninitializedParameter) for p in self._parameters.values())
 
     def build(
         self,
@@ -388,12 +442,15 @@ class RNNCell(LazyModuleMixin, nn.Module):
             parameter: Any = self._parameters.get(attribute)
             if parameter is None:
                 continue
-            # As is_lazy, which torch.compile cannot trace.
-            if isinstance(parameter, UninitializedParameter):
+            is_new = isinstance(parameter, UninitializedParameter)
+            if is_new or (self._guessed and tuple(parameter.shape) != shape):
                 chosen = self._dtype or dtype or torch.get_default_dtype()
                 # A first call in inference mode must not make parameters that cannot be trained.
                 with torch.inference_mode(False), torch.no_grad():
-                    parameter.materialize(shape, device=device, dtype=chosen)
+                    if is_new:
+                        parameter.materialize(shape, device=device, dtype=chosen)
+                    else:
+                        parameter.data = parameter.new_empty(shape)
                     self._variables[attribute][1](parameter)
             elif tuple(parameter.shape) != shape:
                 raise ValueError(
@@ -410,18 +467,22 @@ class RNNCell(LazyModuleMixin, nn.Module):
         """Builds the cell for its first input; called by torch before the first ``forward``."""
         self.check_inputs(inputs)
         self.build_for(inputs, float_dtype(state))
+        self._guessed = False
 
     @property
     def trainable_weights(self) -> list[nn.Parameter]:
         """The parameters that are trained, those of the cells inside too; none before the cell is built."""
         return [p for p in self.parameters() if p.requires_grad and not is_lazy(p)]
 
-    def tf_names(self) -> Iterator[tuple[str, nn.Module, str]]:
-        """Yields TensorFlow's name, the owner and the attribute of every variable, once each.
+    def tf_names(self, repeats: bool = False) -> Iterator[tuple[str, nn.Module, str]]:
+        """Yields TensorFlow's name, the owner and the attribute of every variable.
 
         The names start with the scope of this cell, as below the scope of an unrolling function.
+
+        Args:
+            repeats: Whether a cell that is in several places has its variables in each; else in the first.
         """
-        yield from _tf_names(self, "", set())
+        yield from _tf_names(self, "", None if repeats else set())
 
     # States -----------------------------------------------------------------------------------------------
 
@@ -491,25 +552,59 @@ class RNNCell(LazyModuleMixin, nn.Module):
         """Runs a sequence, inputs [T, B, ...]; returns ``(outputs [T, B, ...], final state)``.
 
         The cell is built. Outputs past a row's length are not defined; what is there of the inputs is
-        finite. By default the generic loop.
+        finite. By default the generic loop, and also where that of a subclass does something else than the
+        cell at each step.
         """
         return loop(self, inputs, state, run)
 
     def why_loop(self) -> str | None:
-        """Returns why ``unroll`` calls the cell step by step; None if it has a faster way."""
-        return "the class has no faster way" if type(self).unroll is RNNCell.unroll else None
+        """Returns why the class's ``unroll`` cannot run a sequence; None if it can."""
+        return None if self._unrolls else "the class has no faster way"
 
     def way(self) -> str:
-        """Returns how ``unroll`` runs a sequence where ``why_loop`` is None."""
+        """Returns how the class's ``unroll`` runs a sequence where ``why_loop`` is None."""
         return "in its own way over the whole sequence"
 
     def paths(self) -> Iterator[tuple[int, str]]:
         """Yields depth and text of the lines of ``explain``: how ``unroll`` runs this cell, and why."""
-        why = self.why_loop()
-        yield 0, f"{self.describe()}: {self.way() if why is None else f'generic loop, step by step; {why}'}"
-        if why is None:
+        unroll, why = self._find_unroll()
+        if unroll is None:
+            yield 0, f"{self.describe()}: generic loop, step by step; {why or self.why_loop()}"
+            return
+        nearest = unroll is self._unrolls[0]
+        texts = [self.way() if nearest else unroll.owner.way(self), why]
+        if pre_hooks(self):
+            texts.append("forward pre-hooks once before it, or step by step if they change the inputs")
+        yield 0, f"{self.describe()}: {'; '.join(filter(None, texts))}"
+        if nearest:
             for _, cell in self.inner_cells():
                 yield from nested(cell)
+
+    def _find_unroll(self) -> tuple[_Unroll | None, str | None]:
+        """Returns the nearest ``unroll`` that does what the cell does at each step, and why not a nearer one.
+
+        It is None if there is none but the generic loop.
+        """
+        why = why_called(self)
+        if why is None:
+            for unroll in self._unrolls:
+                reason = unroll.why_not(self)
+                if reason is None:
+                    return unroll, why
+                why = why or reason
+        return None, why
+
+    def _enter(self, inputs: Nest, state: Nest, run: Run) -> tuple[Nest, Nest]:
+        """Runs a sequence as ``_find_unroll`` says."""
+        unroll, _ = self._find_unroll()
+        if unroll is None:
+            return loop(self, inputs, state, run)
+        if pre_hooks(self):
+            first = pytree.tree_map(lambda v: v[-1 if run.reverse else 0], inputs)
+            step = before_sequence(self, first, state)
+            if step is not None:
+                return loop(step, inputs, state, run)
+        return unroll.function(self, inputs, state, run)
 
     def describe(self) -> str:
         """Returns the class with its size."""
@@ -522,6 +617,47 @@ class RNNCell(LazyModuleMixin, nn.Module):
         return "" if units is None else str(units)
 
 
+@dataclass(frozen=True)
+class _Unroll:
+    """How a class runs a sequence, in place of steps that are made of certain parts."""
+
+    owner: type[RNNCell]
+    function: Callable[..., tuple[Nest, Nest]]
+    parts: Mapping[str, Any]
+
+    def why_not(self, cell: RNNCell) -> str | None:
+        """Returns why it cannot run a sequence of a cell; None if it can."""
+        nearest = cell._unrolls[0] is self
+        stated = cell.why_loop() if nearest else self.owner.why_loop(cell)
+        if nearest and stated and cell._first_defined("unroll", "why_loop") == "why_loop":
+            return stated  # In the words of a subclass, which knows best.
+        return self._change(cell) or stated
+
+    def _change(self, cell: RNNCell) -> str | None:
+        """Returns which part of a step is another one in a cell; None if none is."""
+        cls, own = type(cell), vars(cell)
+        for name, part in self.parts.items():
+            if name in own:
+                return f"the cell has its own {name}"
+            if getattr(cls, name) is not part:
+                owner = next(base for base in cls.__mro__ if name in vars(base))
+                if owner is not nn.Module:  # Whose __call__ torch.export replaces while it traces.
+                    return f"{owner.__name__} overrides {name}"
+        return None
+
+
+def _entrance(unroll: _Unroll) -> Callable[..., tuple[Nest, Nest]]:
+    """Returns the method of a class by which a sequence gets to the ``unroll`` that is right for the cell."""
+
+    @functools.wraps(unroll.function)
+    def entrance(self: RNNCell, inputs: Nest, state: Nest, run: Run) -> tuple[Nest, Nest]:
+        if self._unrolls[0] is unroll:
+            return self._enter(inputs, state, run)
+        return unroll.function(self, inputs, state, run)  # By super() of a nearer one.
+
+    return entrance
+
+
 def nested(cell: nn.Module) -> Iterator[tuple[int, str]]:
     """Yields a cell's ``paths`` one level deeper."""
     if isinstance(cell, RNNCell):
@@ -531,10 +667,13 @@ def nested(cell: nn.Module) -> Iterator[tuple[int, str]]:
         yield 1, f"{type(cell).__name__}: generic loop, step by step; it is no torchrnn.rnn_cell.RNNCell"
 
 
-def _tf_names(cell: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str, nn.Module, str]]:
-    if id(cell) in seen or not isinstance(cell, RNNCell):
+def _tf_names(cell: nn.Module, prefix: str, seen: set[int] | None) -> Iterator[tuple[str, nn.Module, str]]:
+    if not isinstance(cell, RNNCell):
         return
-    seen.add(id(cell))
+    if seen is not None:
+        if id(cell) in seen:
+            return
+        seen.add(id(cell))
     scope = f"{prefix}{cell.name}/" if cell.name else prefix
     for attribute, (name, _) in cell._variables.items():
         if getattr(cell, attribute, None) is not None:
@@ -547,10 +686,17 @@ def build_cell(cell: nn.Module, inputs: Nest, dtype: torch.dtype | None, device:
     """Builds a cell for tensors, or for sizes of one row; a user's own may do without."""
     if not isinstance(cell, RNNCell):
         return
-    if isinstance(pytree.tree_leaves(inputs, is_leaf=is_size)[0], Tensor):
-        cell.build_for(inputs, dtype)
-    else:
-        cell.build(inputs, dtype, device)
+    refused: tuple[type[Exception], ...] = ()
+    if type(cell).__call__ is not nn.Module.__call__:
+        # What it hands on to the cell's own call may be anything, and then that call builds the cell.
+        if cell.built:
+            return
+        cell._guessed, refused = True, (TypeError, ValueError)
+    with contextlib.suppress(*refused):
+        if isinstance(pytree.tree_leaves(inputs, is_leaf=is_size)[0], Tensor):
+            cell.build_for(inputs, dtype)
+        else:
+            cell.build(inputs, dtype, device)
 
 
 def float_dtype(*nests: Nest) -> torch.dtype | None:
@@ -562,13 +708,14 @@ def float_dtype(*nests: Nest) -> torch.dtype | None:
 def zero_state_of(
     cell: Any, batch_size: int, dtype: torch.dtype | None, device: torch.device | str | None
 ) -> Nest:
-    """Returns a cell's ``zero_state``, or its ``get_initial_state`` if it only has that."""
-    if isinstance(cell, RNNCell) and cell._zero_state_takes_device:
+    """Returns the state that a cell starts from: by its ``get_initial_state``, or else ``zero_state``."""
+    initial = getattr(cell, "get_initial_state", None)
+    if initial is not None and getattr(initial, "__func__", None) is not RNNCell.get_initial_state:
+        state = initial(inputs=None, batch_size=batch_size, dtype=dtype)
+    elif isinstance(cell, RNNCell) and cell._zero_state_takes_device and "zero_state" not in vars(cell):
         return cell.zero_state(batch_size, dtype, device)
-    if hasattr(cell, "zero_state"):
-        state = cell.zero_state(batch_size, dtype)
     else:
-        state = cell.get_initial_state(inputs=None, batch_size=batch_size, dtype=dtype)
+        state = cell.zero_state(batch_size, dtype)
     return to_device(state, device)
 
 

@@ -13,7 +13,7 @@ from torchrnn.rnn_cell.core import GRUCell, LSTMCell
 from torchrnn.rnn_cell.engine import run_layer
 
 
-class LSTMBlockCell(LSTMCell):
+class LSTMBlockCell(LSTMCell, keeps_unroll=True):
     """``LSTMCell`` with tanh and without projection, whose clip has no gradient of its own.
 
     Gradients pass ``cell_clip`` as if it were not there (straight through), also where it bites; in

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -160,13 +160,9 @@ class ConvLSTMCell(RNNCell):
 
         return loop(step, gates, state, run)
 
-    def paths(self) -> Iterator[tuple[int, str]]:
-        """Yields how a sequence runs."""
-        yield (
-            0,
-            f"{self.describe()}: one convolution of the inputs of all steps, then step by step; "
-            "no kernel convolves the state",
-        )
+    def way(self) -> str:
+        """Returns how a sequence runs."""
+        return "one convolution of the inputs of all steps, then step by step; no kernel convolves the state"
 
     def describe(self) -> str:
         """Returns the class with its sizes."""

@@ -55,8 +55,8 @@ def state_masks(run: Run, units: int, as_tuple: bool) -> tuple[Tensor | None, Te
 
 
 def forget_rows(like: Tensor, forget_bias: float) -> Tensor:
-    """Returns [rows of like, 1] with ``forget_bias`` in the engine's row of f, else 0."""
-    rows = like.new_zeros(like.size(0), 1)
+    """Returns what is like a tensor [G, U], with ``forget_bias`` in the engine's row of f, else 0."""
+    rows = torch.zeros_like(like)
     rows[1] = forget_bias
     return rows
 

@@ -38,6 +38,7 @@ class ScannedCell(HoistedCell):
     activation: Activation
     recurrence: str
     """The name of ``step`` there."""
+    _step_parts = (*HoistedCell._step_parts, "project", "step")
 
     def why_loop(self) -> str | None:
         """Returns why a sequence runs in the loop; None if it does not."""

@@ -56,11 +56,11 @@ class FusedRNNCell(nn.Module):
         """Returns the cell inside after its scope, as ``RNNCell.inner_cells``."""
         return []
 
-    def tf_names(self) -> Iterator[tuple[str, nn.Module, str]]:
+    def tf_names(self, repeats: bool = False) -> Iterator[tuple[str, nn.Module, str]]:
         """Yields TensorFlow's name, the owner and the attribute of every variable, as ``RNNCell`` does."""
         for scope, cell in self.inner_cells():
             if isinstance(cell, RNNCell | FusedRNNCell):
-                for name, owner, attribute in cell.tf_names():
+                for name, owner, attribute in cell.tf_names(repeats):
                     yield scope + name, owner, attribute
 
     def build(

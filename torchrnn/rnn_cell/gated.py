@@ -5,7 +5,7 @@ One file for these small cells; half of it documents arguments.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from torchrnn.rnn_cell.base import (
     loop,
     lstm_size,
     split_state,
+    why_each_step,
     why_no_kernel,
 )
 from torchrnn.rnn_cell.engine import run_layer
@@ -40,12 +41,6 @@ class HoistedCell(RNNCell):
     """
 
     num_units: int
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        is_split = cls.call is HoistedCell.call and cls.forward is RNNCell.forward
-        if is_split and cls._first_defined("unroll", "step", "project") != "unroll":
-            cls._run_as(HoistedCell)
 
     def project(self, inputs: Nest) -> Nest:
         """Returns what a step needs of the inputs [..., I], in tensors [..., N]."""
@@ -63,15 +58,10 @@ class HoistedCell(RNNCell):
         """Runs a sequence: all steps' products with the input at once, the rest in the loop."""
         return loop(self.step, self.project(inputs), state, run)
 
-    def why_loop(self) -> str | None:
-        """Returns why ``step`` runs in the loop; None if it does not."""
-        return "no kernel has its recurrence"
-
-    def paths(self) -> Iterator[tuple[int, str]]:
-        """Yields how a sequence runs."""
-        why = self.why_loop()
-        hoisted = f"products with the input for all steps at once, the rest step by step; {why}"
-        yield 0, f"{self.describe()}: {self.way() if why is None else hoisted}"
+    def way(self) -> str:
+        """Returns how a sequence runs."""
+        why = "; no kernel has its recurrence" if self._unrolls[0].owner is HoistedCell else ""
+        return f"products with the input for all steps at once, the rest step by step{why}"
 
 
 class NASCell(HoistedCell):
@@ -187,6 +177,7 @@ class UGRNNCell(HoistedCell):
     kernel: nn.Parameter
     bias: nn.Parameter
     activation: Activation
+    _step_parts = (*HoistedCell._step_parts, "project", "step")
 
     def __init__(
         self,
@@ -209,13 +200,19 @@ class UGRNNCell(HoistedCell):
         units = self.num_units
         return {"kernel": (input_size + units, 2 * units), "bias": (2 * units,)}
 
+    @property
+    def _kernels(self) -> tuple[Tensor, Tensor]:
+        """The rows of the kernel for the inputs, and those for the state."""
+        inputs = self.kernel.size(0) - self.num_units
+        return self.kernel[:inputs], self.kernel[inputs:]
+
     def project(self, inputs: Tensor) -> Tensor:
         """Returns the inputs' part of g and n, [..., 2U]."""
-        return linear([inputs], self.kernel[: -self.num_units], self.bias)
+        return linear([inputs], self._kernels[0], self.bias)
 
     def step(self, projected: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ``(h', h')``."""
-        g, n = (projected + state @ self.kernel[-self.num_units :]).chunk(2, -1)
+        g, n = (projected + state @ self._kernels[1]).chunk(2, -1)
         g = torch.sigmoid(g + self.forget_bias)
         h = g * state + (1 - g) * self.activation(n)
         return h, h
@@ -361,6 +358,10 @@ class _KerasStyleCell(HoistedCell):
         self.add_variable("kernel", kernel_initializer)
         self.add_variable("bias", bias_initializer or constant(1.0))
 
+    def why_loop(self) -> str | None:
+        """Returns why ``project`` does not run on all steps at once; None if it does."""
+        return why_each_step(self.activation)
+
 
 class MinimalRNNCell(_KerasStyleCell):
     """The minimal RNN (Chen 2017, arXiv:1711.06788).
@@ -395,7 +396,7 @@ class MinimalRNNCell(_KerasStyleCell):
     def step(self, projected: tuple[Tensor, Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ``(h', h')``."""
         z, wz = projected
-        u = torch.sigmoid(wz + state @ self.kernel[-self.num_units :])
+        u = torch.sigmoid(wz + state @ self.kernel[self.kernel.size(0) - self.num_units :])
         h = u * state + (1 - u) * z
         return h, h
 

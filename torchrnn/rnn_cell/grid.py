@@ -30,12 +30,8 @@ def _check_pieces(name: str, feature_size: int | None, frequency_skip: int | Non
     return feature_size, frequency_skip
 
 
-def _hoisted(cell: RNNCell) -> str:
-    """Returns how both cells run a sequence."""
-    return (
-        f"{cell.describe()}: one product of the inputs of all steps, then step by step; "
-        "no kernel runs along time and frequency"
-    )
+_WAY = "one product of the inputs of all steps, then step by step; no kernel runs along time and frequency"
+"""How the cells run a sequence."""
 
 
 class TimeFreqLSTMCell(RNNCell):
@@ -143,7 +139,7 @@ class TimeFreqLSTMCell(RNNCell):
         return state
 
     def _step(self, gates: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        parts = state.split(self.num_units, -1)
+        parts = state.unflatten(-1, (2 * self._pieces, self.num_units)).unbind(1)
         rows_time, rows_freq = self.W_0[self.feature_size :].chunk(2)
         gates = gates + torch.stack(parts[1::2], 1) @ rows_time
         m = torch.zeros_like(parts[0])
@@ -169,9 +165,9 @@ class TimeFreqLSTMCell(RNNCell):
         """Runs a sequence: the products with the inputs over all steps at once, then the loop."""
         return loop(self._step, self._project(inputs), self._checked(state), run)
 
-    def paths(self) -> Iterator[tuple[int, str]]:
-        """Yields how a sequence runs."""
-        yield 0, _hoisted(self)
+    def way(self) -> str:
+        """Returns how a sequence runs."""
+        return _WAY
 
 
 # The named tuples of the states ---------------------------------------------------------------------------
@@ -341,12 +337,17 @@ class GridLSTMCell(RNNCell):
         """The named tuple of U for every field, or 2*U*K."""
         if not self.state_is_tuple:
             return self.output_size
-        return self.state_tuple_type._make([self.num_units] * (self.output_size // self.num_units))
+        return self.state_tuple_type._make([self.num_units] * self._fields)
 
     @property
     def output_size(self) -> int:
         """2*U*K, for the pieces of all blocks and directions."""
-        return 2 * self.num_units * sum(self.num_frequency_blocks) * len(self._directions)
+        return self.num_units * self._fields
+
+    @property
+    def _fields(self) -> int:
+        """How many tensors the state has: c and m of each piece."""
+        return 2 * sum(self.num_frequency_blocks) * len(self._directions)
 
     @property
     def _sides(self) -> dict[str, str]:
@@ -453,7 +454,8 @@ class GridLSTMCell(RNNCell):
 
         c_freq = m_freq = torch.zeros_like(c_time[0])
         for k, c_old in enumerate(c_time):
-            columns = (gates[:, k] + m_freq @ lane.m_freq).unflatten(-1, (len(self._sides), -1))
+            sums = gates[:, k] + m_freq @ lane.m_freq
+            columns = sums.unflatten(-1, (len(self._sides), (len(self._gates) + 1) * self.num_units))
             i, j, *f, o = columns.chunk(len(self._gates) + 1, -1)
             c = torch.stack([c_freq, c_old], 1)
             i = torch.sigmoid(i + seen("I", c))
@@ -473,11 +475,10 @@ class GridLSTMCell(RNNCell):
                 raise ValueError(
                     f"Expected state to be a tensor [B, {size}], but received: {describe(state)}"
                 )
-            return list(state.split(self.num_units, -1))
-        length = size // self.num_units
-        if not isinstance(state, tuple | list) or len(state) != length:
+            return list(state.unflatten(-1, (self._fields, self.num_units)).unbind(1))
+        if not isinstance(state, tuple | list) or len(state) != self._fields:
             raise ValueError(
-                f"Expected state to be a tuple of length {length}, but received: {describe(state)}"
+                f"Expected state to be a tuple of length {self._fields}, but received: {describe(state)}"
             )
         return list(state)
 
@@ -494,12 +495,12 @@ class GridLSTMCell(RNNCell):
         lanes = self._lanes()
         return loop(partial(self._step, lanes), self._project(lanes, inputs), state, run)
 
-    def paths(self) -> Iterator[tuple[int, str]]:
-        """Yields how a sequence runs."""
-        yield 0, _hoisted(self)
+    def way(self) -> str:
+        """Returns how a sequence runs."""
+        return _WAY
 
 
-class BidirectionalGridLSTMCell(GridLSTMCell):
+class BidirectionalGridLSTMCell(GridLSTMCell, keeps_unroll=True):
     """Two grid LSTMs, one along the pieces and one from the last piece of a block to the first.
 
     The output is that of both, [forward | backward], and so is the state, a named tuple whose fields start

@@ -57,6 +57,7 @@ class GLSTMCell(HoistedCell):
     bias_o: nn.Parameter
     projection_kernel: nn.Parameter
     activation: Activation
+    _step_parts = (*HoistedCell._step_parts, "project", "step")
 
     def __init__(
         self,
@@ -116,29 +117,26 @@ class GLSTMCell(HoistedCell):
             shapes["projection/kernel"] = (units, self.num_proj)
         return shapes
 
-    @property
-    def _state_rows(self) -> int:
-        return self.output_size // self.number_of_groups
-
     def _split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         return tensor.chunk(self.number_of_groups, -1)
 
-    def _products(self, values: Tensor, rows: slice) -> Tensor:
-        """Returns the groups of values [..., N] times those rows of their kernels, [..., 4U], by gates."""
+    def _products(self, values: Tensor, part: int) -> Tensor:
+        """Returns the groups of inputs (part 0) or h (1) times their kernels' rows, [..., 4U], by gates."""
         kernels = [getattr(self, f"group{group}_kernel") for group in range(self.number_of_groups)]
-        parts = zip(self._split(values), kernels, strict=True)
-        groups = [(value @ kernel[rows]).chunk(4, -1) for value, kernel in parts]
+        of_h = self.output_size // self.number_of_groups
+        rows = [kernel.split([kernel.size(0) - of_h, of_h])[part] for kernel in kernels]
+        groups = [(v @ r).chunk(4, -1) for v, r in zip(self._split(values), rows, strict=True)]
         return torch.cat([group[gate] for gate in range(4) for group in groups], -1)
 
     def project(self, inputs: Tensor) -> Tensor:
         """Returns the inputs' part of i, j, f, o with the biases, [..., 4U]."""
         bias = torch.cat([self.bias_i, self.bias_j, self.bias_f, self.bias_o])
-        return self._products(inputs, slice(-self._state_rows)) + bias
+        return self._products(inputs, 0) + bias
 
     def step(self, projected: Tensor, state: Nest) -> tuple[Tensor, Nest]:
         """Returns ``(h', (c', h'))``."""
         c, h = split_state(state, self.num_units, True)
-        i, j, f, o = (projected + self._products(h, slice(-self._state_rows, None))).chunk(4, -1)
+        i, j, f, o = (projected + self._products(h, 1)).chunk(4, -1)
         c = torch.sigmoid(f + self.forget_bias) * c + torch.sigmoid(i) * torch.tanh(j)
         h = torch.sigmoid(o) * self.activation(c)
         if self.num_proj is not None:

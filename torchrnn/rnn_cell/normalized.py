@@ -50,7 +50,7 @@ def layer_norm(cell: RNNCell, scope: str, x: Tensor, norm_eps: float | None) -> 
 # The cells ------------------------------------------------------------------------------------------------
 
 
-class _NormalisedLSTMCell(LSTMCell):
+class _NormalisedLSTMCell(LSTMCell, keeps_unroll=True):
     """``LSTMCell`` with layer norms of its sums and of c', if they are asked for."""
 
     layer_norm = False
@@ -79,7 +79,7 @@ class _NormalisedLSTMCell(LSTMCell):
         return super().way() + (", layer-normalised" if self.layer_norm else "")
 
 
-class LayerNormBasicLSTMCell(_NormalisedLSTMCell):
+class LayerNormBasicLSTMCell(_NormalisedLSTMCell, keeps_unroll=True):
     """The LSTM with layer normalisation and dropout of the candidate.
 
     Layer norm: Ba et al. 2016, arXiv:1607.06450; dropout without loss of memory: Semeniuta et al. 2016,
@@ -257,7 +257,7 @@ class LayerNormLSTMCell(_NormalisedLSTMCell):
             add_norms(self, (*SUMS, "state"), norm_gain, norm_shift)
 
 
-class WeightNormLSTMCell(LSTMCell):
+class WeightNormLSTMCell(LSTMCell, keeps_unroll=True):
     """``LSTMCell`` with weight normalisation (Salimans & Kingma 2016, arXiv:1602.07868).
 
     The rows of kernel for x and those for h are normalised on their own: each column w becomes

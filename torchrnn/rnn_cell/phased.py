@@ -27,7 +27,7 @@ def log_uniform(tensor: Tensor, low: float, high: float) -> None:
         tensor.exp_()
 
 
-class PhasedLSTMCell(HoistedCell):
+class PhasedLSTMCell(HoistedCell, keeps_unroll=True):
     """The LSTM with a time gate (Neil et al. 2016, arXiv:1610.09513).
 
     The inputs are a pair of the time t [B, 1] and x [B, I]. i, f = split(sigmoid([x, h] @ mask_gates));

@@ -23,6 +23,7 @@ from torchrnn.rnn_cell.base import (
     Nest,
     RNNCell,
     Run,
+    activate,
     activation_of,
     assert_cell,
     build_cell,
@@ -31,6 +32,7 @@ from torchrnn.rnn_cell.base import (
     ignore_input_size,
     linear,
     to_device,
+    why_each_step,
     zero_state_of,
 )
 from torchrnn.rnn_cell.core import unroll_cell
@@ -251,21 +253,19 @@ class InputProjectionWrapper(Wrapper):
         """Builds the cell inside for the projection."""
         build_cell(self.cell, self.num_proj, dtype, device)
 
-    def _project(self, x: Tensor) -> Tensor:
-        return self.activation(linear([x], self.kernel, self.bias))
-
     def call(self, inputs: Tensor, state: Nest) -> tuple[Nest, Nest]:
         """Returns what the cell inside makes of the projection."""
-        output, new = self.cell(self._project(inputs), state)
+        output, new = self.cell(self.activation(linear([inputs], self.kernel, self.bias)), state)
         return output, new
 
     def unroll(self, inputs: Tensor, state: Nest, run: Run) -> tuple[Nest, Nest]:
         """Projects all steps, then runs the cell inside."""
-        return unroll_cell(self.cell, self._project(inputs), state, run)
+        projected = activate(self.activation, linear([inputs], self.kernel, self.bias))
+        return unroll_cell(self.cell, projected, state, run)
 
     def way(self) -> str:
         """Returns how the projection runs."""
-        return "projects the whole sequence at once"
+        return _projection_way(self.activation)
 
 
 class OutputProjectionWrapper(SameInputWrapper):
@@ -313,22 +313,23 @@ class OutputProjectionWrapper(SameInputWrapper):
         size = self._output_size
         return {"kernel": (cat_size(self.cell.output_size), size), "bias": (size,)}
 
-    def _project(self, y: Tensor) -> Tensor:
-        return self.activation(linear([y], self.kernel, self.bias))
-
     def call(self, inputs: Nest, state: Nest) -> tuple[Tensor, Nest]:
         """Returns the projected output, and the state of the cell inside."""
         output, new = self.cell(inputs, state)
-        return self._project(output), new
+        return self.activation(linear([output], self.kernel, self.bias)), new
 
     def unroll(self, inputs: Nest, state: Nest, run: Run) -> tuple[Tensor, Nest]:
         """Runs the cell inside, then projects all steps."""
         outputs, state = unroll_cell(self.cell, inputs, state, run)
-        return self._project(outputs), state
+        return activate(self.activation, linear([outputs], self.kernel, self.bias)), state
 
     def way(self) -> str:
         """Returns how the projection runs."""
-        return "projects the whole sequence at once"
+        return _projection_way(self.activation)
+
+
+def _projection_way(activation: Activation) -> str:
+    return "; ".join(filter(None, ["projects the whole sequence at once", why_each_step(activation)]))
 
 
 class EmbeddingWrapper(Wrapper):
