@@ -155,6 +155,15 @@ struct Vec {
   }
 };
 
+// The same vector, which the compiler is not to read from memory again for each use.
+template <typename T, int N>
+RNN_FN Vec<T, N> in_register(Vec<T, N> x) {
+#ifdef __x86_64__
+  if constexpr (N * sizeof(T) >= 16) asm("" : "+v"(x.v));
+#endif
+  return x;
+}
+
 // Swaps the lanes with the bit `half` of the low vector with those without it of the high one.
 template <int half, typename T, int N, size_t... lane>
 RNN_FN void swap_halves(Vec<T, N>& low, Vec<T, N>& high, std::index_sequence<lane...>) {

@@ -227,7 +227,7 @@ struct Forward {
           back(forward.backwards(direction)),
           mine(slice_.rows(forward.p.batch)),
           fused(forward.state[direction].chunk == 1 && int(Input::kUnits) == int(Recurrent::kUnits)),
-          added(fused && !kNormed && C::kHiddenBias < 0 && weights.input.packed != nullptr) {
+          added(fused && !kNormed && C::kHiddenBias < 0) {
       step = memory.template get<StepRow<T>>(mine);
       left = memory.template get<const T*>(max64(mine, kRowBlock));
       inputs = memory.template get<const T*>(mine);

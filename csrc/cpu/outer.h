@@ -84,7 +84,7 @@ struct OuterMemory {
   // Distance of two packed tiles of the left side: not a multiple of 4 KB, else all would fall into one set
   // of L1.
   int64_t left_stride = capacity * R + 64 / sizeof(T);
-  int64_t tiles = min64(kOuterTiles, ceil_div(columns, R));
+  int64_t tiles = max64(1, min64(kOuterTiles, ceil_div(columns, R)));
   T* data = nullptr;
 
   int64_t size() const { return tiles * left_stride + (capacity + R) * kWidth; }

@@ -170,39 +170,120 @@ void pack_transposed(const T* const* columns, int64_t width, int64_t depth, T* d
     }
 }
 
-// acc[r][n] = rows[r] . columns[n] without packing, for so few rows that packing would cost more than it
-// saves. Columns that are `zeros` are padding; if the first of kColumns is, so are the others.
-template <typename T, int R, int kColumns>
-__attribute__((noinline)) void dot_tile(const T* const* rows, const T* const* columns, const T* zeros,
-                                        int64_t width, int64_t depth, T* acc) {
+// Sums over lanes, of several vectors at a time: two of them become one, whose lanes hold neighbours' sums of
+// the one and of the other, and so on. That takes three instructions a vector, one by one nine.
+template <int half, typename T, int N, size_t... lane>
+RNN_FN Vec<T, N> neighbour_sums(Vec<T, N> a, Vec<T, N> b, std::index_sequence<lane...>) {
+  // Written so that the first shuffle is a blend.
+  const auto here = __builtin_shufflevector(a.v, b.v, ((lane & half) != 0 ? N + lane : lane)...);
+  const auto there =
+      __builtin_shufflevector(a.v, b.v, ((lane & half) != 0 ? N + lane - half : lane + half)...);
+  return Vec<T, N>::of(here + there);
+}
+
+// Lane l holds a part of the sum over v[l % M]; M is a power of two.
+template <int M, typename T, int N>
+RNN_FN Vec<T, N> partial_sums(const Vec<T, N>* v) {
+  if constexpr (M == 1)
+    return *v;
+  else
+    return neighbour_sums<M / 2>(partial_sums<M / 2>(v), partial_sums<M / 2>(v + M / 2),
+                                 std::make_index_sequence<N>());
+}
+
+template <int M, typename T, int N>
+RNN_FN Vec<T, N> whole_sums(Vec<T, N> x) {
+  if constexpr (M < N)
+    return whole_sums<2 * M>(neighbour_sums<M>(x, x, std::make_index_sequence<N>()));
+  else
+    return x;
+}
+
+// The largest power of two that is at most n.
+constexpr int power_of_two_below(int n) { return n < 2 ? 1 : 2 * power_of_two_below(n / 2); }
+
+// out[i] = the sum over the lanes of v[i], for M of them.
+template <int M, typename T, int N>
+RNN_FN void lane_sums(const Vec<T, N>* v, T* out) {
+  constexpr int kAtOnce = power_of_two_below(M < N ? M : N);
+  alignas(64) T sums[N];
+  whole_sums<kAtOnce>(partial_sums<kAtOnce>(v)).store(sums);
+  memcpy(out, sums, kAtOnce * sizeof(T));
+  if constexpr (M > kAtOnce) lane_sums<M - kAtOnce>(v + kAtOnce, out + kAtOnce);
+}
+
+// Rows of a tile of dot products with 4 columns: as many sums as leave registers for what they are summed
+// from.
+constexpr int kDotRows = kRegisters >= 32 ? 4 : 3;
+
+// acc[r][c] (+)= rows[r] . w[c], of a matrix [C, depth] as it lies: for so few rows that packing it would
+// cost more than it saves.
+template <typename T, int R, int C>
+__attribute__((noinline)) void dot_tile(const T* const* rows, const T* w, int64_t depth, T* acc,
+                                        int64_t acc_stride, bool accumulate) {
   using V = VecOf<T>;
   constexpr int N = V::kSize;
-  for (int64_t n = 0; n < width; n += kColumns) {
-    if (columns[n] == zeros) {
-      for (int r = 0; r < R; ++r)
-        for (int c = 0; c < kColumns; ++c) acc[r * width + n + c] = T(0);
-      continue;
+  V sum[R * C];
+#pragma GCC unroll 32
+  for (int i = 0; i < R * C; ++i) sum[i] = V(T(0));
+  const auto add = [&](int64_t k, auto m) __attribute__((always_inline)) {
+    V left[R];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) left[r] = in_register(V::load(rows[r] + k, m));
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) {
+      const V right = in_register(V::load(w + c * depth + k, m));
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) sum[r * C + c] += left[r] * right;
     }
-    V sum[R][kColumns];
+  };
+  int64_t k = 0;
+  for (; k + N <= depth; k += N) add(k, AllLanes());
+  if (k < depth) add(k, depth - k);
+  T out[R * C];
+  lane_sums<R * C>(sum, out);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-      for (int c = 0; c < kColumns; ++c) sum[r][c] = V(T(0));
-    for (int64_t k = 0; k < depth; k += N) {
-      const int64_t m = min64(N, depth - k);
-      V left[R];
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) left[r] = V::load(rows[r] + k, m);
-#pragma GCC unroll 16
-      for (int c = 0; c < kColumns; ++c) {
-        const V right = V::load(columns[n + c] + k, m);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) sum[r][c] += left[r] * right;
-      }
+    for (int c = 0; c < C; ++c) {
+      T* to = acc + r * acc_stride + c;
+      *to = accumulate ? *to + out[r * C + c] : out[r * C + c];
     }
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < kColumns; ++c) acc[r * width + n + c] = sum[r][c].sum();
-  }
+}
+
+template <typename T, int C, int R = kDotRows>
+RNN_FN void dot_tile_rows(int64_t count, const T* const* rows, const T* w, int64_t depth, T* acc,
+                          int64_t acc_stride, bool accumulate) {
+  if constexpr (R > 1)
+    if (count < R) return dot_tile_rows<T, C, R - 1>(count, rows, w, depth, acc, acc_stride, accumulate);
+  dot_tile<T, R, C>(rows, w, depth, acc, acc_stride, accumulate);
+}
+
+// The same for any numbers of rows and columns. All rows pass by a few columns, which stay in L1.
+template <typename T, int C = 4>
+void dot_product(int64_t count, const T* const* rows, const T* w, int64_t columns, int64_t depth, T* acc,
+                 int64_t acc_stride, bool accumulate) {
+  if constexpr (C == 4 && kRegisters >= 32)
+    if (count <= 2) return dot_product<T, 8>(count, rows, w, columns, depth, acc, acc_stride, accumulate);
+  constexpr int kRows = C == 8 ? 2 : kDotRows;
+  const int64_t tiles = ceil_div(count, kRows), height = count / tiles, higher = count % tiles;
+  int64_t c = 0;
+  const auto pass = [&](auto tile) {
+    int64_t r = 0;
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t part = height + (i < higher);
+      tile(part, rows + r, w + c * depth, acc + r * acc_stride + c);
+      r += part;
+    }
+  };
+  for (; c + C <= columns; c += C)
+    pass([&](int64_t part, const T* const* left, const T* right, T* out) {
+      dot_tile_rows<T, C, kRows>(part, left, right, depth, out, acc_stride, accumulate);
+    });
+  for (; c < columns; ++c)
+    pass([&](int64_t part, const T* const* left, const T* right, T* out) {
+      dot_tile_rows<T, 1, kRows>(part, left, right, depth, out, acc_stride, accumulate);
+    });
 }
 
 // One matrix whose rows are gates: [G*H, K] in the order of torch, read as panels of U vectors of units, all
@@ -239,19 +320,22 @@ struct GateMatrix {
     }
   }
 
-  // acc[count][kWidth] = rows times panel j; the next call is for panel `next`. Packed, it can also add.
+  // acc[count][kWidth] (+)= rows times panel j; the next call is for panel `next`.
   void product(int64_t j, int64_t next, int64_t count, const T* const* rows, T* acc,
                bool accumulate = false) const {
     if (packed != nullptr)
       return panel_product<T, G * U>(count, rows, packed + j * depth * kWidth, depth, acc, accumulate,
                                      packed + next * depth * kWidth);
-    const T* column[kWidth];
-    columns(j, column);
-    int64_t r = 0;
-    constexpr int kColumns = kWidth % 4 == 0 ? 4 : 2;
-    for (; r + 4 <= count; r += 4)
-      dot_tile<T, 4, kColumns>(rows + r, column, zeros, kWidth, depth, acc + r * kWidth);
-    for (; r < count; ++r) dot_tile<T, 1, kColumns>(rows + r, column, zeros, kWidth, depth, acc + r * kWidth);
+    for (int u = 0; u < U; ++u) {
+      const int64_t unit = j * kUnits + u * kLanesPerVector, n = min64(hidden - unit, kLanesPerVector);
+      for (int g = 0; g < G; ++g) {
+        T* out = acc + (u * G + g) * kLanesPerVector;
+        if (n > 0)
+          dot_product(count, rows, weight + (g * hidden + unit) * depth, n, depth, out, kWidth, accumulate);
+        for (int64_t r = 0; r < count; ++r)
+          for (int64_t c = max64(n, 0); c < kLanesPerVector; ++c) out[r * kWidth + c] = T(0);
+      }
+    }
   }
 };
 

@@ -284,7 +284,7 @@ void phases() {
           ++arrived;
           mbarrier_expect(barrier, thread() == 1 ? 8 : 0);
         }
-        mbarrier_wait(barrier, phase & 1, nullptr);
+        mbarrier_wait(barrier, phase & 1);
         require(arrived == 3 * (phase + 1), "a phase ends before the last arrival");
         require(message[0] == phase && message[1] == ~phase, "a phase ends before the message");
         sync_threads();
