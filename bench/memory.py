@@ -132,4 +132,4 @@ def child(asked: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    child(json.loads(sys.argv[1]))
+    child(json.loads(sys.stdin.buffer.readline()))

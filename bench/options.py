@@ -82,17 +82,25 @@ def process(
     python: str = sys.executable,
     text: bool = True,
 ) -> subprocess.Popen[Any]:
-    """Starts a module with what it is asked as JSON and with its number of threads in the environment."""
+    """Starts a module with what it is asked, a line of JSON, and its number of threads in the environment.
+
+    The line goes to its standard input, since an argument of a program cannot be as long as a suite.
+    """
     count = str(asked["threads"])
     environment = os.environ | {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count} | dict(variables or {})
-    return subprocess.Popen(
-        [python, "-m", module, json.dumps(asked)],
+    process = subprocess.Popen(
+        [python, "-m", module],
         cwd=results.ROOT,
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=text,
     )
+    line = f"{json.dumps(asked)}\n"
+    assert process.stdin is not None
+    process.stdin.write(line if text else line.encode())
+    process.stdin.flush()
+    return process
 
 
 def answer(process: subprocess.Popen[str]) -> Any:

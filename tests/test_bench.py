@@ -20,7 +20,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import torchrnn
-from bench import compare, contention, floors, memory, peers, results, timing, worker
+from bench import compare, contention, floors, memory, options, peers, results, timing, worker
 from bench import run as bench_run
 from bench.adapters import before
 from bench.adapters.cells import CELLS, make_cell
@@ -661,3 +661,9 @@ def test_two_checkouts_on_one_thread_share_a_core(monkeypatch: pytest.MonkeyPatc
 def test_command_without_cases_is_an_error(command: str) -> None:
     module = importlib.import_module(f"bench.{command}")
     assert module.main(["--filter", "no such case"]) == 2
+
+
+def test_a_measuring_process_takes_requests_of_any_length() -> None:
+    # As an argument, 128 KB are the most that Linux takes; a suite of small calls has more.
+    asked = {"threads": 1, "rows": "x" * 300_000}
+    assert options.answer(options.process("json.tool", asked)) == asked
