@@ -9,6 +9,7 @@ Environment:
 """
 
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -32,6 +33,8 @@ CXX_FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
     "-ffp-contract=fast",
+    # The kernels do it where they end: see ZeroUpper in csrc/cpu/team.h.
+    *(["-mno-vzeroupper"] if platform.machine() in {"x86_64", "AMD64"} else []),
     # Paths in error messages start at the project root, wherever the build happens.
     f"-fmacro-prefix-map={ROOT}{os.sep}=",
     # The stable ABI of torch 2.11 and of CPython 3.10, so that one binary serves all later versions.

@@ -236,23 +236,24 @@ def quick() -> Iterable[Case]:
 
 
 TRAINERS = ("torch.nn", "compiled loop")
+PREPACKED = "torchrnn prepacked"
 TF_PEERS = ("generic loop", "torchrnn plain")
 SUITES = {
-    "infer": Suite(tuple(grid("infer")), (*TRAINERS, "onnxruntime", "openvino")),
+    "infer": Suite(tuple(grid("infer")), (*TRAINERS, PREPACKED, "onnxruntime", "openvino")),
     "train": Suite(tuple(grid("train")), TRAINERS),
     "half": Suite(tuple(half()), ("torch.nn", "torchrnn fp32")),
     "sweep": Suite(tuple(sweep()), ()),
     "tf": Suite(tuple(tf(TF_SIZE)), TF_PEERS),
     "small": Suite(tuple(small(SMALL)), ("torch.nn",), 0.5),
     "small-grad": Suite(tuple(small(SMALL, "grad")), ("torch.nn",), 0.5),
-    "stream": Suite(tuple(stream(STREAM_WIDTHS)), ("torch.nn",)),
+    "stream": Suite(tuple(stream(STREAM_WIDTHS)), ("torch.nn", PREPACKED)),
 }
 ALL = ("infer", "train")
-QUICK = Suite(tuple(quick()), (*TRAINERS, "onnxruntime", "openvino", "torchrnn fp32"))
+QUICK = Suite(tuple(quick()), (*TRAINERS, PREPACKED, "onnxruntime", "openvino", "torchrnn fp32"))
 # In the place of a suite; of one that is not here, QUICK.
 QUICK_SUITES = {
     "tf": Suite(tuple(tf(QUICK_SIZES[1])), TF_PEERS),
     "small": Suite(tuple(small(QUICK_SMALL_SIZES)), ("torch.nn",)),
     "small-grad": Suite(tuple(small(QUICK_SMALL_SIZES, "grad")), ("torch.nn",)),
-    "stream": Suite(tuple(stream((8,))), ("torch.nn",)),
+    "stream": Suite(tuple(stream((8,))), ("torch.nn", PREPACKED)),
 }

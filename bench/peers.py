@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 import torchrnn
 from bench.adapters.cells import Unrolled
-from bench.adapters.layers import TorchLayer, lengths_forward, packed_forward
+from bench.adapters.layers import Prepacked, TorchLayer, lengths_forward, packed_forward
 from bench.adapters.loop import CompiledLoop
 from bench.adapters.onnx import OnnxRuntime, OpenVino
 from bench.adapters.problem import TORCH_LAYERS, Peer, Problem, Run, grad_mode, kinds, make_problem
@@ -64,6 +64,7 @@ PEERS: tuple[Peer, ...] = (
     OnnxRuntime(),
     OpenVino(),
     WIDE,
+    Prepacked("torchrnn prepacked", LAYERS, lengths_forward),
     LOOP,
     PLAIN,
 )

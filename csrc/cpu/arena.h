@@ -14,7 +14,11 @@ class Arena {
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
   ~Arena() {
-    for (int i = 0; i < count_; ++i) free(blocks_[i]);
+    while (blocks_ != nullptr) {
+      void* before = *static_cast<void**>(blocks_);
+      free(blocks_);
+      blocks_ = before;
+    }
   }
 
   // count values, aligned to a cache line; also for count 0 a pointer that is not null.
@@ -25,10 +29,12 @@ class Arena {
       used_ += bytes;
       return reinterpret_cast<T*>(inline_ + used_ - bytes);
     }
-    void* block = count_ < kMaxBlocks ? aligned_alloc(64, bytes) : nullptr;
+    // In front of the values, on a line of its own, the address of the block before.
+    void* block = aligned_alloc(64, 64 + bytes);
     if (block == nullptr) throw std::bad_alloc();
-    blocks_[count_++] = block;
-    return static_cast<T*>(block);
+    *static_cast<void**>(block) = blocks_;
+    blocks_ = block;
+    return reinterpret_cast<T*>(static_cast<char*>(block) + 64);
   }
 
  private:
@@ -37,9 +43,7 @@ class Arena {
   alignas(64) char inline_[kInline];
   size_t used_ = 0;
 
-  static constexpr int kMaxBlocks = 64;
-  void* blocks_[kMaxBlocks];
-  int count_ = 0;
+  void* blocks_ = nullptr;  // the last one
 };
 
 }  // namespace RNN_ISA

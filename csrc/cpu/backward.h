@@ -5,8 +5,6 @@
 // Over 400 lines for the reason of forward.h.
 #pragma once
 
-#include <optional>
-
 #include "cpu/forward.h"
 #include "cpu/outer.h"
 #include "cpu/weight_gradients.h"
@@ -38,6 +36,9 @@ struct BackwardRow {
   T* dh_cell;  // [H], the gradient by the cell's output
   T* dnorm;    // [5*H], the gradients by the normalised sums and c
 };
+
+// Rows from which it pays to copy the weights into panels, whose rows lie side by side.
+constexpr int64_t kCopyFrom = 24;
 
 template <typename T, template <typename> class CellOf, typename Policy_>
 struct Backward {
@@ -71,14 +72,23 @@ struct Backward {
     T* norm;      // [2, 5*H], sums for gain and shift
   };
 
+  // What one thread needs for the part that it is at.
+  struct Scratch {
+    BackwardRow<T>* step;  // [rows of a slice]
+    const T** left;        // [rows of a slice]
+    T* acc;                // [kRowBlock, kWidth]
+    WeightScratch<T> weights;
+  };
+
   const BackwardParams<T>& q;
   const LayerParams<T>& p;
   T* zeros;
   int64_t chunk;  // steps whose gate gradients are held, until they have gone into the large products
   State state[kMaxDirections];
-  Barrier* group_barriers;
-  Barrier direction_barriers[kMaxDirections];
-  Barrier team_barrier;
+  const Plan plan;
+  Schedule schedule;
+  Phases last;       // the sum of the directions' dx
+  Scratch* scratch;  // [threads]
 
   bool backwards(int d) const { return p.reverse || d == 1; }
   bool has_second() const { return kTwoHalves || p.projected; }
@@ -110,14 +120,30 @@ struct Backward {
     return states == nullptr ? zeros : states + (d * p.batch + b) * size;
   }
 
-  Backward(const BackwardParams<T>& params, int threads, Arena& arena) : q(params), p(params.layer) {
-    group_barriers = arena.template get<Barrier>(threads);
-    for (int i = 0; i < threads; ++i) group_barriers[i] = Barrier();
+  // Takes all memory, so that nothing can fail once the team is at work.
+  Backward(const BackwardParams<T>& params, int threads, Arena& arena)
+      : q(params),
+        p(params.layer),
+        plan(threads, p.directions, p.batch, ceil_div(p.outputs, int64_t(Matrix::kWidth)),
+             G * p.hidden * p.outputs * int64_t(sizeof(T))),
+        schedule(plan, p.directions, threads, arena) {
+    last.init(arena.template get<Phases::Part>(threads), threads, threads);
     const int64_t widest = max64(max64(p.inputs, D * p.hidden), p.outputs);
     zeros = arena.template get<T>(widest);
     for (int64_t k = 0; k < widest; ++k) zeros[k] = T(0);
     chunk = min64(p.steps, ceil_div(kOuterDepth, max64(p.batch, 1)));
     for (int d = 0; d < p.directions; ++d) prepare(d, arena);
+    const int64_t rows = ceil_div(p.batch, plan.row_parts);
+    scratch = arena.template get<Scratch>(threads);
+    for (int i = 0; i < threads; ++i) {
+      scratch[i] = {arena.template get<BackwardRow<T>>(rows),
+                    arena.template get<const T*>(rows),
+                    arena.template get<T>(kRowBlock * Matrix::kWidth),
+                    {}};
+      if (needs_weights())
+        scratch[i].weights = WeightScratch<T>(min64(kOuterDepth, p.steps * p.batch),
+                                              ceil_div(G * p.hidden, plan.slices()), arena);
+    }
   }
 
   void prepare(int d, Arena& arena) {
@@ -132,7 +158,7 @@ struct Backward {
               arena.template get<int64_t>(p.batch),
               arena.template get<int64_t>(p.steps)};
     s.rows.sort();
-    const bool packs = rows >= kPackFrom;
+    const bool packs = rows >= kCopyFrom;
     const auto matrix = [&](const T* weight, int64_t columns, int64_t blocks, int64_t block_rows,
                             int64_t rotate) {
       Matrix m{weight,     columns, columns, blocks,
@@ -169,46 +195,56 @@ struct Backward {
     fill(s.peephole, nullptr, 3 * H);
   }
 
-  int useful_threads(int threads) const {
+  static int useful_threads(const LayerParams<T>& p, int threads) {
     const int64_t columns = ceil_div(p.hidden, int64_t(Matrix::kWidth));
     // The products after the scan can use more threads than the scan of one row.
     return int(min64(threads, max64(p.directions * p.batch * columns, ceil_div(p.steps, 4))));
   }
 
-  void run(int id, int size) {
+  // The stages of a step, each a phase of a group of rows.
+  int64_t stages() const { return 1 + has_second() + kNormed; }
+  int64_t chunks(int d) const { return ceil_div(state[d].rows.longest(), chunk); }
+  // Stages of a direction: the packing; some steps of the scan and then the large products of these steps,
+  // from the last steps to the first; the gradients by the initial states.
+  int64_t turns(int d) const { return 2 + max64(1, chunks(d)); }
+  Range steps(int d, int64_t turn) const {
+    const int64_t end = state[d].rows.longest() - (turn - 1) * chunk;
+    return {max64(0, end - chunk), end};
+  }
+
+  // One thread's work.
+  void run(int id) {
     const FlushDenormals flush;
-    const Plan plan(size, p.directions, p.batch, ceil_div(p.outputs, int64_t(Matrix::kWidth)),
-                    G * p.hidden * p.outputs * int64_t(sizeof(T)));
-    if (id >= plan.used()) return;
-    const Slice slice = plan.slice(id);
-    for (int d = plan.direction_part(id); d < p.directions; d += plan.direction_parts) {
-      const State& s = state[d];
+    Scratch& own = scratch[id];
+    schedule.run(
+        id, [&](int d) { return turns(d); },
+        [&](int d, int64_t turn) {
+          if (turn == 0) return int64_t(0);
+          if (turn == turns(d) - 1) turn -= 1;
+          return (state[d].rows.longest() - steps(d, turn).begin) * stages();
+        },
+        [&](int d, int64_t phase, const Slice& slice) { Part(*this, d, slice, own).run(phase); },
+        [&](int d, int64_t turn, const Slice& slice) { between(d, turn, slice, own); });
+    if (q.dx == nullptr) return;
+    uint64_t took = 0;
+    last.run(id, 1, &took,
+             [&](int64_t, int part) { finish_dx(share(p.steps * p.batch, part, last.count())); });
+  }
+
+  void between(int d, int64_t turn, const Slice& slice, Scratch& own) {
+    const State& s = state[d];
+    if (turn == 0) {
       pack(s.recurrent, slice);
       if (has_second()) pack(s.second, slice);
       if (q.dx != nullptr) pack(s.input, slice);
-      direction_barriers[d].wait(slice.size());
-      scan(d, slice, group_barriers[id - slice.unit_part]);
+    } else if (turn < turns(d) - 1) {
+      const Range range = steps(d, turn);
+      if (needs_weights()) WeightGradients<T, Backward>(*this, d, slice, own.weights).sum(range, turn > 1);
+      if (q.dx != nullptr) input_gradients(d, slice, range, own.acc);
+    } else {
+      Part(*this, d, slice, own).first_states();
+      if (needs_weights()) WeightGradients<T, Backward>(*this, d, slice, own.weights).store_vectors();
     }
-    if (q.dx == nullptr) return;
-    if (p.directions == 2) team_barrier.wait(plan.used());
-    finish_dx(share(p.steps * p.batch, id, plan.used()));
-  }
-
-  // One thread's part of one direction: some steps of the scan, then the large products of these steps.
-  void scan(int d, const Slice& slice, Barrier& group) {
-    Thread thread(*this, d, slice, group);
-    std::optional<WeightGradients<T, Backward>> weights;
-    if (needs_weights()) weights.emplace(*this, d, slice);
-    for (int64_t end = p.steps, begin; end > 0; end = begin) {
-      begin = max64(0, end - chunk);
-      thread.scan(begin, end);
-      direction_barriers[d].wait(slice.size());
-      if (weights) weights->add(begin, end);
-      if (q.dx != nullptr) input_gradients(d, slice, begin, end);
-      direction_barriers[d].wait(slice.size());
-    }
-    thread.first_states();
-    if (weights) weights->store_vectors();
   }
 
   static void pack(const Matrix& matrix, const Slice& slice) {
@@ -216,17 +252,15 @@ struct Backward {
     matrix.pack(mine.begin, mine.end);
   }
 
-  // dx of the steps s in begin..end-1 by one direction, this thread's share of their rows.
-  void input_gradients(int d, const Slice& slice, int64_t begin, int64_t end) const {
+  // dx of some steps by one direction, a slice's share of their rows.
+  void input_gradients(int d, const Slice& slice, Range range, T* acc) const {
     const State& own = state[d];
     const T* left[kRowBlock];
     T* out[kRowBlock];
-    Arena memory;
-    T* acc = memory.template get<T>(kRowBlock * Matrix::kWidth);
-    int64_t s = begin, i = slice.index();
-    while (s < end) {
+    int64_t s = range.begin, i = slice.index();
+    while (s < range.end) {
       int64_t count = 0;
-      while (s < end && count < kRowBlock) {
+      while (s < range.end && count < kRowBlock) {
         if (i >= own.rows.active[s]) {
           i -= own.rows.active[s], ++s;  // So that rows are shared evenly even if there is one per step.
           continue;
@@ -258,60 +292,51 @@ struct Backward {
     }
   }
 
-  // One thread's part of one direction.
-  struct Thread {
+  // A slice of one direction in the hands of one thread.
+  struct Part {
     Backward& f;
     const BackwardParams<T>& q;
     const LayerParams<T>& p;
     const State& state;
     const int d;
     const Slice slice;
-    Barrier& barrier;
     const bool back;
-    const int64_t mine;
-    BackwardRow<T>* step;  // [mine]
-    const T** left;        // [mine]
-    T* acc;                // [kRowBlock, kWidth]
-    Arena memory;
+    const int64_t mine;  // rows
+    BackwardRow<T>* const step;
+    const T** const left;
+    T* const acc;
 
-    Thread(Backward& backward, int direction, const Slice& slice_, Barrier& barrier_)
+    Part(Backward& backward, int direction, const Slice& slice_, const Scratch& scratch)
         : f(backward),
           q(backward.q),
           p(backward.p),
           state(backward.state[direction]),
           d(direction),
           slice(slice_),
-          barrier(barrier_),
           back(backward.backwards(direction)),
-          mine(slice_.rows(backward.p.batch)) {
-      step = memory.template get<BackwardRow<T>>(mine);
-      left = memory.template get<const T*>(mine);
-      acc = memory.template get<T>(kRowBlock * Matrix::kWidth);
-    }
+          mine(slice_.rows(backward.p.batch)),
+          step(scratch.step),
+          left(scratch.left),
+          acc(scratch.acc) {}
 
-    void scan(int64_t begin, int64_t end) {
-      for (int64_t s = end - 1; s >= begin; --s) {
-        const int64_t count = slice.rows(state.rows.active[s]);
-        if (state.rows.active[s] == 0) continue;
-        place(s, count);
+    void run(int64_t phase) {
+      const int64_t s = state.rows.longest() - 1 - phase / f.stages(), stage = phase % f.stages();
+      const int64_t count = slice.rows(state.rows.active[s]);
+      place(s, count);
+      if (stage == 0) {
         product(state.recurrent, s, count,
                 [&](int64_t i, V sum, int64_t unit, auto m) { first(i, sum, unit, m); });
-        if (f.has_second()) {
-          barrier.wait(slice.unit_parts);
-          place_second(count);
-          product(state.second, s, count,
-                  [&](int64_t i, V sum, int64_t unit, auto m) { second(i, sum, unit, m); });
-        }
-        if constexpr (kNormed) {
-          barrier.wait(slice.unit_parts);
-          for (int64_t i = slice.unit_part; i < count; i += slice.unit_parts) norm_row(step[i]);
-        }
-        barrier.wait(slice.unit_parts);
+      } else if (stage == 1 && f.has_second()) {
+        place_second(count);
+        product(state.second, s, count,
+                [&](int64_t i, V sum, int64_t unit, auto m) { second(i, sum, unit, m); });
+      } else if constexpr (kNormed) {
+        for (int64_t i = slice.unit_part; i < count; i += slice.unit_parts) norm_row(step[i]);
       }
     }
 
-    // Calls use(i, sums, unit, m) for each of the first `count` rows of step s and each vector of this
-    // thread's columns.
+    // Calls use(i, sums, unit, m) for each of the first `count` rows of step s and each vector of the
+    // slice's columns.
     template <typename Use>
     RNN_FN void product(const Matrix& matrix, int64_t s, int64_t count, const Use& use) {
       const Sweep panels(slice.units(matrix.panels()), s);
@@ -336,7 +361,7 @@ struct Backward {
       return f.dgates(d, s, b);
     }
 
-    // Fills step[] and left[] for step s of the first `count` of this thread's rows.
+    // Fills step[] and left[] for step s of the first `count` of the slice's rows.
     void place(int64_t s, int64_t count) {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t b = state.rows.order[slice.row(i)], t = state.rows.time(b, s, back), at = f.at(t, b);
@@ -524,11 +549,10 @@ struct Backward {
 template <typename T, template <typename> class CellOf, typename Policy = Plain>
 void run_backward(const BackwardParams<T>& p, int threads, cpu::RunTeam run_team) {
   using B = Backward<T, CellOf, Policy>;
+  threads = B::useful_threads(p.layer, threads);
   Arena arena;
   B backward(p, threads, arena);
-  run_team(
-      backward.useful_threads(threads), [](void* f, int id, int size) { static_cast<B*>(f)->run(id, size); },
-      &backward);
+  run_team(threads, [](void* f, int id) { static_cast<B*>(f)->run(id); }, &backward);
 }
 
 }  // namespace RNN_ISA

@@ -96,24 +96,28 @@ RNN_FN void drop_block(const DropoutParams<T>& p, const RoundKeys& keys, int64_t
 
 template <typename T>
 void dropout(const DropoutParams<T>& p, int threads, cpu::RunTeam run_team) {
-  const auto work = [&p](int id, int size) {
+  constexpr int64_t kAtOnce = 64;
+  Shares blocks(ceil_div(p.count, kBlock));
+  const auto work = [&] {
+    const ZeroUpper end;
     const RoundKeys keys(p.seed);
-    const Range blocks = share(ceil_div(p.count, kBlock), id, size);
     T part[kBlock], result[kBlock];
     for (T& x : part) x = p.one ? *p.x : T(0);
-    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-      const int64_t begin = block * kBlock, n = p.count - begin;
-      if (n >= kBlock) {
-        drop_block(p, keys, block, p.one ? part : p.x + begin, p.y + begin);
-      } else {
-        if (!p.one) memcpy(part, p.x + begin, n * sizeof(T));
-        drop_block(p, keys, block, part, result);
-        memcpy(p.y + begin, result, n * sizeof(T));
+    blocks.take(kAtOnce, [&](Range range) {
+      for (int64_t block = range.begin; block < range.end; ++block) {
+        const int64_t begin = block * kBlock, n = p.count - begin;
+        if (n >= kBlock) {
+          drop_block(p, keys, block, p.one ? part : p.x + begin, p.y + begin);
+        } else {
+          if (!p.one) memcpy(part, p.x + begin, n * sizeof(T));
+          drop_block(p, keys, block, part, result);
+          memcpy(p.y + begin, result, n * sizeof(T));
+        }
       }
-    }
+    });
   };
   run_team(
-      threads, [](void* context, int id, int size) { (*static_cast<decltype(work)*>(context))(id, size); },
+      threads, [](void* context, int) { (*static_cast<decltype(work)*>(context))(); },
       const_cast<void*>(static_cast<const void*>(&work)));
 }
 

@@ -9,9 +9,6 @@ namespace torchrnn {
 namespace cpu {
 namespace {
 
-// Below this many numbers a thread is not worth starting.
-constexpr int64_t kNumbersPerThread = 1 << 15;
-
 template <typename T>
 Tensor dropped(const Tensor& x, const Tensor& seed, double keep) {
   Widened<T> wide(wide_type(x));
@@ -26,7 +23,7 @@ Tensor dropped(const Tensor& x, const Tensor& seed, double keep) {
   p.y = y.template mutable_data_ptr<T>();
   p.seed = uint64_t(*seed.const_data_ptr<int64_t>());
   p.scale = T(1) / T(keep);
-  const int threads = p.count < kNumbersPerThread ? 1 : int(torch::stable::get_num_threads());
+  const int threads = threads_for(0.5 * double(p.count));
   if constexpr (sizeof(T) == sizeof(float))
     kernels().dropout_f32(p, threads, run_team);
   else

@@ -1,6 +1,7 @@
 // What the machine can do at most, for bench to measure the layers against.
 #pragma once
 
+#include "cpu/team.h"
 #include "cpu/tile.h"
 
 namespace torchrnn {
@@ -9,6 +10,7 @@ inline namespace RNN_ISA {
 // Independent multiply-adds, as many at a time as hide their latency. Returns how many scalar ones were made.
 inline double multiply_add_loop(int64_t iterations) {
   using V = VecOf<float>;
+  const ZeroUpper end;
   constexpr int kChains = 10;
   V sum[kChains];
   for (int i = 0; i < kChains; ++i) sum[i] = V(float(i));
@@ -26,6 +28,7 @@ inline double multiply_add_loop(int64_t iterations) {
 
 inline float read_loop(const float* data, int64_t count, int64_t times) {
   using V = VecOf<float>;
+  const ZeroUpper end;
   constexpr int kChains = 8;
   float total = 0;
   for (int64_t n = 0; n < times; ++n) {

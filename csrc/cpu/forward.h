@@ -25,10 +25,6 @@ inline namespace RNN_ISA {
 // weights. A multiple of the heights of tiles.
 constexpr int64_t kRowBlock = 48;
 
-// With fewer input rows than this over the whole sequence, weights are multiplied as they are: packing reads
-// and writes all of them, which only repeated use pays back.
-constexpr int64_t kPackFrom = 24;
-
 // Where one row's values of one step are.
 template <typename T>
 struct StepRow {
@@ -45,7 +41,7 @@ struct StepRow {
   T* carried;       // [R], h times its mask
 };
 
-// Everything the threads of one direction share.
+// Everything the slices of one direction share.
 template <typename T>
 struct ForwardState {
   Rows rows;
@@ -117,12 +113,21 @@ struct Forward {
   using Input = typename W::Input;
   using Second = typename W::Second;
 
+  // What one thread needs for the part that it is at.
+  struct Scratch {
+    StepRow<T>* step;  // [rows of a slice]
+    const T** left;    // [max(rows of a slice, kRowBlock)], rows of a product
+    const T** inputs;  // [rows of a slice], rows of x
+    T* acc;            // [kRowBlock, panel width]
+  };
+
   const LayerParams<T>& p;
   W weights[kMaxDirections];
   ForwardState<T> state[kMaxDirections];
   int64_t turn;  // Of the calls that the calling thread makes: so even single steps sweep to and fro.
-  Barrier* group_barriers;  // [threads]
-  Barrier direction_barriers[kMaxDirections];
+  const Plan plan;
+  Schedule schedule;
+  Scratch* scratch;  // [threads]
 
   bool backwards(int d) const { return p.reverse || d == 1; }
   bool has_second() const { return kTwoHalves || p.projected; }
@@ -135,24 +140,28 @@ struct Forward {
     return mask_row(p.mask_h, p.mask_h_steps, d, t, p.batch, b, p.outputs);
   }
 
-  Forward(const LayerParams<T>& params, int threads, Arena& arena) : p(params) {
+  // Takes all memory, so that nothing can fail once the team is at work.
+  Forward(const LayerParams<T>& params, int threads, Arena& arena)
+      : p(params),
+        plan(threads, p.directions, p.batch, ceil_div(p.hidden, int64_t(Recurrent::kUnits)),
+             G * p.hidden * p.outputs * int64_t(sizeof(T))),
+        schedule(plan, p.directions, threads, arena) {
     static thread_local int64_t calls = 0;
     turn = calls++ % 2;
-    group_barriers = arena.template get<Barrier>(threads);
     const int64_t widest = max64(max64(p.inputs, p.hidden), p.outputs);
     T* zeros = arena.template get<T>(widest);
     // The part of the input projection that is ahead of the scan should still be in L2 when it is used, but
     // have rows enough to use each weight that it reads several times.
     const int64_t chunk_rows = max64(96, (512 * 1024) / max64(1, G * p.hidden * int64_t(sizeof(T))));
-    const bool packs = p.packed != nullptr || p.steps * p.batch >= kPackFrom;
     const T* packed = p.packed;
     for (int d = 0; d < p.directions; ++d) {
       W& w = weights[d];
       w = W(p, d, zeros);
       if (p.packed != nullptr) {
-        packed += w.place(p, const_cast<T*>(packed), true);
+        packed += w.place(p, const_cast<T*>(packed), INT64_MAX);
       } else {
-        w.place(p, arena.template get<T>(w.place(p, nullptr, packs)), packs);
+        const int64_t rows = p.steps * p.batch;
+        w.place(p, arena.template get<T>(w.place(p, nullptr, rows)), rows);
         w.add_biases(p, d);
       }
       ForwardState<T>& s = state[d];
@@ -172,90 +181,96 @@ struct Forward {
       if (p.projected) s.cell_out = arena.template get<T>(p.batch * p.hidden);
       if (kVaried && p.mask_h != nullptr) s.carried = arena.template get<T>(2 * p.batch * p.outputs);
     }
-    for (int i = 0; i < threads; ++i) group_barriers[i] = Barrier();
     for (int64_t k = 0; k < widest; ++k) zeros[k] = T(0);
+    const int64_t rows = ceil_div(p.batch, plan.row_parts);
+    scratch = arena.template get<Scratch>(threads);
+    for (int i = 0; i < threads; ++i)
+      scratch[i] = {arena.template get<StepRow<T>>(rows),
+                    arena.template get<const T*>(max64(rows, kRowBlock)), arena.template get<const T*>(rows),
+                    arena.template get<T>(kRowBlock * 4 * N)};
   }
 
   // How many threads have something to do.
-  int useful_threads(int threads) const {
-    return int(min64(threads, p.directions * p.batch * ceil_div(p.hidden, Recurrent::kUnits)));
+  static int useful_threads(const LayerParams<T>& p, int threads) {
+    return int(
+        min64(threads, max64(1, p.directions * p.batch * ceil_div(p.hidden, int64_t(Recurrent::kUnits)))));
   }
 
-  // One thread's work, of `size` threads.
-  void run(int id, int size) {
+  // The stages of a step, each a phase of a group of rows, and before them, for a few steps at a time, their
+  // input projection, if it is not made panel by panel within the first.
+  int64_t stages() const { return 1 + kNormed + has_second(); }
+  bool is_fused(int d) const { return state[d].chunk == 1 && int(Input::kUnits) == int(Recurrent::kUnits); }
+  int64_t phases(int d) const {
+    const int64_t steps = state[d].rows.longest();
+    return steps * stages() + (is_fused(d) ? 0 : ceil_div(steps, state[d].chunk));
+  }
+
+  // One thread's work.
+  void run(int id) {
     const FlushDenormals flush;
-    const Plan plan(size, p.directions, p.batch, ceil_div(p.hidden, Recurrent::kUnits),
-                    G * p.hidden * p.outputs * int64_t(sizeof(T)));
-    if (id >= plan.used()) return;
-    const Slice slice = plan.slice(id);
-    for (int d = plan.direction_part(id); d < p.directions; d += plan.direction_parts) {
-      if (p.packed == nullptr) {
-        weights[d].pack(slice);
-        direction_barriers[d].wait(slice.size());
-      }
-      Thread(*this, d, slice, group_barriers[id - slice.unit_part]).run();
-    }
+    Scratch& own = scratch[id];
+    schedule.run(
+        id, [](int) { return 2; }, [&](int d, int64_t stage) { return stage == 0 ? 0 : phases(d); },
+        [&](int d, int64_t phase, const Slice& slice) { Part(*this, d, slice, own).run(phase); },
+        [&](int d, int64_t stage, const Slice& slice) {
+          Part part(*this, d, slice, own);
+          stage == 0 ? part.prepare() : part.finish();
+        });
   }
 
-  // One thread's part of one direction.
-  struct Thread {
+  // A slice of one direction in the hands of one thread.
+  struct Part {
     const Forward& f;
     const LayerParams<T>& p;
     const W& weights;
     const ForwardState<T>& state;
     const int d;
     const Slice slice;
-    Barrier& barrier;
     const bool back;
     const int64_t mine;  // rows
-    StepRow<T>* step;    // [mine]
-    const T** left;      // [max(mine, kRowBlock)], rows of a product
-    const T** inputs;    // [mine], rows of x
-    const bool fused;    // each panel's input projection is made just before its recurrent product
-    const bool added;    // and that is added to it at once
-    T* acc;              // [kRowBlock, panel width]
-    Arena memory;
+    StepRow<T>* const step;
+    const T** const left;
+    const T** const inputs;
+    T* const acc;
+    const bool fused;  // each panel's input projection is made just before its recurrent product
+    const bool added;  // and that is added to it at once
 
-    Thread(const Forward& forward, int direction, const Slice& slice_, Barrier& barrier_)
+    Part(const Forward& forward, int direction, const Slice& slice_, const Scratch& scratch)
         : f(forward),
           p(forward.p),
           weights(forward.weights[direction]),
           state(forward.state[direction]),
           d(direction),
           slice(slice_),
-          barrier(barrier_),
           back(forward.backwards(direction)),
           mine(slice_.rows(forward.p.batch)),
-          fused(forward.state[direction].chunk == 1 && int(Input::kUnits) == int(Recurrent::kUnits)),
-          added(fused && !kNormed && C::kHiddenBias < 0) {
-      step = memory.template get<StepRow<T>>(mine);
-      left = memory.template get<const T*>(max64(mine, kRowBlock));
-      inputs = memory.template get<const T*>(mine);
-      acc = memory.template get<T>(kRowBlock * 4 * N);
-    }
+          step(scratch.step),
+          left(scratch.left),
+          inputs(scratch.inputs),
+          acc(scratch.acc),
+          fused(forward.is_fused(direction)),
+          added(fused && !kNormed && C::kHiddenBias < 0) {}
 
-    void run() {
-      start();
-      for (int64_t s = 0; s < p.steps && state.rows.active[s] > 0; ++s) {
-        if (!fused && s % state.chunk == 0) project_inputs(s);
-        const int64_t count = slice.rows(state.rows.active[s]);
-        place(s, count);
-        first_half(s, count);
-        if constexpr (kNormed) {
-          barrier.wait(slice.unit_parts);
+    void run(int64_t phase) {
+      const int64_t stages = f.stages(), period = state.chunk * stages + !fused;
+      const int64_t first = phase / period * state.chunk, at = phase % period - !fused;
+      if (at < 0) return project_inputs(first);
+      const int64_t s = first + at / stages, stage = at % stages;
+      const int64_t count = slice.rows(state.rows.active[s]);
+      place(s, count);
+      if (stage == 0) return first_half(s, count);
+      if constexpr (kNormed)
+        if (stage == 1) {
           for (int64_t i = slice.unit_part; i < count; i += slice.unit_parts) norm_row(step[i]);
+          return;
         }
-        if (f.has_second()) {
-          barrier.wait(slice.unit_parts);
-          second_half(s, count);
-        }
-        barrier.wait(slice.unit_parts);
-      }
-      finish();
+      second_half(s, count);
     }
 
-    // c_n is the running c. A thread fills only its own units, which nobody else reads or writes.
-    void start() {
+    // Packs the slice's share of the weights, and fills c_n, which is the running c, for its own units, which
+    // no other slice reads or writes.
+    void prepare() {
+      if (p.packed == nullptr) weights.pack(slice);
       if (C::kMemory < 0 || p.batch == 0) return;
       const Range units = own_units(weights.recurrent);
       for (int64_t i = 0; i < mine; ++i) {
@@ -286,7 +301,7 @@ struct Forward {
       return p.h0 == nullptr ? state.zeros : p.h0 + (d * p.batch + b) * p.outputs;
     }
 
-    // wx = W x + b for the steps s, ..., s + chunk - 1 of this thread's rows and units.
+    // wx = W x + b for the steps s, ..., s + chunk - 1 of the slice's rows and units.
     void project_inputs(int64_t begin) {
       const int64_t end = min64(begin + state.chunk, p.steps);
       T* out[kRowBlock];
@@ -306,8 +321,6 @@ struct Forward {
         for (int64_t n = 0; n < panels.size() && count > 0; ++n)
           project_panel(panels[n], panels[n + 1], count, left, [&](int64_t r) { return out[r]; });
       }
-      // The halves of GruResetBefore share units out otherwise than its input projection.
-      if (kTwoHalves) barrier.wait(slice.unit_parts);
     }
 
     // wx = W x + b for one panel of units and `count` rows of x, row r to out(r).
@@ -327,7 +340,7 @@ struct Forward {
       }
     }
 
-    // Fills step[], left[] and inputs[] for step s of the first `count` of this thread's rows.
+    // Fills step[], left[] and inputs[] for step s of the first `count` of the slice's rows.
     void place(int64_t s, int64_t count) {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t b = state.rows.order[slice.row(i)], t = state.rows.time(b, s, back);
@@ -526,8 +539,7 @@ struct Forward {
 
     // Final states, and zeros past the end of each row.
     void finish() {
-      if (slice.unit_part != 0) return;
-      for (int64_t i = 0; i < mine; ++i) {
+      for (int64_t i = slice.unit_part; i < mine; i += slice.unit_parts) {
         const int64_t b = state.rows.order[slice.row(i)], length = state.rows.length(b);
         const T* last = length > 0        ? f.y(d, state.rows.time(b, length - 1, back), b)
                         : p.h0 != nullptr ? p.h0 + (d * p.batch + b) * p.outputs
@@ -553,11 +565,10 @@ template <typename T, template <typename> class CellOf, typename Policy = Plain>
 void run_forward(const LayerParams<T>& p, int threads, cpu::RunTeam run_team) {
   using F = Forward<T, CellOf, Policy>;
   if (p.batch == 0) return;
+  threads = F::useful_threads(p, threads);
   Arena arena;
   F forward(p, threads, arena);
-  run_team(
-      forward.useful_threads(threads), [](void* f, int id, int size) { static_cast<F*>(f)->run(id, size); },
-      &forward);
+  run_team(threads, [](void* f, int id) { static_cast<F*>(f)->run(id); }, &forward);
 }
 
 }  // namespace RNN_ISA

@@ -41,6 +41,7 @@ auto with_cell(const LayerParams<T>& p, const Use& use) {
 
 template <typename T>
 void forward(const LayerParams<T>& p, int threads, cpu::RunTeam run_team) {
+  const ZeroUpper end;
   with_cell(p, [&]<template <typename> class C, typename P>(CellType<C>, Type<P>) {
     run_forward<T, C, P>(p, threads, run_team);
   });
@@ -48,6 +49,7 @@ void forward(const LayerParams<T>& p, int threads, cpu::RunTeam run_team) {
 
 template <typename T>
 int64_t pack(const LayerParams<T>& p, T* out) {
+  const ZeroUpper end;
   return with_cell(p, [&]<template <typename> class C, typename P>(CellType<C>, Type<P>) {
     return Weights<T, C>::pack_all(p, out);
   });
@@ -55,6 +57,7 @@ int64_t pack(const LayerParams<T>& p, T* out) {
 
 template <typename T>
 void backward(const BackwardParams<T>& p, int threads, cpu::RunTeam run_team) {
+  const ZeroUpper end;
   with_cell(p.layer, [&]<template <typename> class C, typename P>(CellType<C>, Type<P>) {
     run_backward<T, C, P>(p, threads, run_team);
   });

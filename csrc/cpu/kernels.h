@@ -12,11 +12,14 @@ namespace cpu {
 enum class Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };
 constexpr int kIsaCount = 3;
 
-// Calls task(context, id, size) once for each id in 0..size-1, all at the same time on threads of their own,
-// and returns when all are done. size is at most the requested number of threads: tasks may wait for each
-// other.
-using Task = void (*)(void* context, int id, int size);
+// Calls task(context, id) once for each id in 0..threads-1 and returns when all are done. They run at the
+// same time as far as there are threads for them, but one may also begin when others have ended: a task must
+// not wait for what another has not begun.
+using Task = void (*)(void* context, int id);
 using RunTeam = void (*)(int threads, Task task, void* context);
+
+// The size of a core's own cache; 1 MB where the system does not tell.
+int64_t l2_bytes();
 
 struct Kernels {
   void (*forward_f32)(const LayerParams<float>&, int threads, RunTeam);

@@ -5,6 +5,7 @@
 // bfloat16 and float16 are widened to float32 here, once per call, and the results rounded.
 
 #include <torch/csrc/stable/library.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -18,19 +19,32 @@
 
 namespace torchrnn {
 namespace cpu {
+
+int64_t l2_bytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return 1 << 20;
+}
+
 namespace {
 
-// Threads worth their barriers, from what a step must read and compute at about 250 GB/s and 250 GFLOP/s per
-// core.
+// How many threads share a call: one, too, for many small steps, after each of which they would wait for each
+// other.
 template <typename T>
 int team_size(const LayerParams<T>& p, int64_t gates) {
-  const double weights = double(gates * p.hidden) * p.outputs;
-  const double step_ns = std::max(weights * sizeof(T), weights * 2 * p.batch) / 250;
-  const double input_ns =
-      double(gates * p.hidden) * p.inputs * std::max<double>(2 * p.steps * p.batch, sizeof(T)) / 250;
-  if (p.steps * step_ns + input_ns < 5000) return 1;
-  if (p.batch < 8 && p.directions == 1 && step_ns < 500) return 1;
-  return int(torch::stable::get_num_threads());
+  constexpr double kStepAlone = 2e3;  // nanoseconds
+  const double columns = double(gates * p.hidden), bytes = columns * (p.inputs + p.outputs) * sizeof(T);
+  // Of one core: multiply-adds, and bytes from its own cache or from beyond, a nanosecond.
+  const double flops = 150, bandwidth = bytes <= l2_bytes() ? 80 : 20;
+  const auto nanoseconds = [&](double weights, double rows) {
+    return weights * std::max(2 * rows / flops, sizeof(T) / bandwidth);
+  };
+  const double step = nanoseconds(columns * p.outputs, p.batch);
+  const double input = nanoseconds(columns * p.inputs, double(p.steps) * p.batch);
+  if (p.batch < 8 && p.directions == 1 && step < kStepAlone) return 1;
+  return threads_for(p.directions * (p.steps * step + input));
 }
 
 // Tensors to pointers

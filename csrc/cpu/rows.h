@@ -37,6 +37,13 @@ struct Rows {
     }
   }
 
+  // Steps at which any row is at work.
+  int64_t longest() const {
+    int64_t s = steps;
+    while (s > 0 && active[s - 1] == 0) --s;
+    return s;
+  }
+
   int64_t length(int64_t b) const { return lengths == nullptr ? steps : lengths[b]; }
   int64_t time(int64_t b, int64_t s, bool backwards) const { return backwards ? length(b) - 1 - s : s; }
 

@@ -37,18 +37,19 @@ RNN_FN void for_rows(int64_t units, Range columns, const Each& each) {
 // Calls run(p, columns) for all columns of a call, block by block, on a team of threads.
 template <typename T, typename P, void (*run)(const P& p, Range columns)>
 void run_blocks(const P& p, int64_t batch, int64_t units, int threads, cpu::RunTeam run_team) {
+  constexpr int64_t kBlock = kScanBlockBytes / RNN_VECTOR_BYTES;
+  const int64_t columns = batch * ceil_div(units, kLanes<T>);
   struct Work {
     const P& p;
-    int64_t columns;
-  } work{p, batch * ceil_div(units, kLanes<T>)};
+    int64_t at_once;
+    Shares columns;
+  } work{p, max64(1, min64(kBlock, ceil_div(columns, threads))), Shares(columns)};
   run_team(
-      int(min64(threads, max64(work.columns, 1))),
-      [](void* context, int id, int size) {
-        FlushDenormals flush;
-        const Work& w = *static_cast<Work*>(context);
-        constexpr int64_t kBlock = kScanBlockBytes / RNN_VECTOR_BYTES;
-        const Range mine = share(w.columns, id, size);
-        for (int64_t i = mine.begin; i < mine.end; i += kBlock) run(w.p, {i, min64(i + kBlock, mine.end)});
+      int(min64(threads, max64(columns, 1))),
+      [](void* context, int) {
+        const FlushDenormals flush;
+        Work& w = *static_cast<Work*>(context);
+        w.columns.take(w.at_once, [&](Range part) { run(w.p, part); });
       },
       &work);
 }

@@ -87,11 +87,10 @@ ScanParams<T> scan_params(const ScanArguments& a, Widened<T>& wide) {
   return p;
 }
 
-// Threads worth starting, from about a quarter of a nanosecond per value of wx.
+// A value of wx takes about a quarter of a nanosecond.
 template <typename T>
 int scan_team(const ScanParams<T>& p, int64_t gates) {
-  const double ns = 0.25 * double(p.steps) * p.batch * p.units * gates;
-  return ns < 10000 ? 1 : int(torch::stable::get_num_threads());
+  return threads_for(0.25 * double(p.steps) * p.batch * p.units * gates);
 }
 
 struct ScanOutput { Tensor y, h_n, c_n, tape; };

@@ -7,7 +7,6 @@
 
 #include <atomic>
 #include <optional>
-#include <thread>
 #include <vector>
 
 #include "arguments.h"
@@ -59,20 +58,18 @@ inline const Kernels& kernels() { return kernels_of(active_isa.load(std::memory_
 // Threads
 // ---------------------------------------------------------------------------------------------------------
 
-// Runs a team on torch's threads. parallel_for may hand out fewer chunks than there are threads, or all of
-// them to the caller (inside another parallel region, say); the team is then as large as the number of
-// callers, which all exist when every index is claimed. Only then does anybody start, since members wait for
-// each other.
+// How many threads share work that takes one thread so many nanoseconds. Another thread halves them at best,
+// and costs a time slice of the system, milliseconds, if its core is taken just then: the caller alone does
+// what is soon done.
+inline int threads_for(double nanoseconds) {
+  return nanoseconds < 150e3 ? 1 : int(torch::stable::get_num_threads());
+}
+
+// Runs a team on torch's threads. Inside another parallel region, say, parallel_for calls all from one.
 inline void run_team(int threads, Task task, void* context) {
-  if (threads <= 1) return task(context, 0, 1);
-  std::atomic<int> claimed{0}, callers{0};
+  if (threads <= 1) return task(context, 0);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    const int arrival = callers.fetch_add(1);
-    claimed.fetch_add(int(end - begin));
-    while (claimed.load() < threads) std::this_thread::yield();
-    const int size = callers.load();
-    // With an index each, ids go by index, so that a thread meets the same part of the weights at every call.
-    task(context, size == threads ? int(begin) : arrival, size);
+    for (int64_t id = begin; id < end; ++id) task(context, int(id));
   });
 }
 

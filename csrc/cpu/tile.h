@@ -286,6 +286,10 @@ void dot_product(int64_t count, const T* const* rows, const T* w, int64_t column
     });
 }
 
+// Rows from which packing a matrix pays within a call: it reads and writes all weights, and then saves of
+// each row's product what summing over lanes takes, which is less the more there is to be summed before.
+constexpr int64_t pack_from(int64_t depth) { return depth < 256 ? 8 + depth / 4 : 72; }
+
 // One matrix whose rows are gates: [G*H, K] in the order of torch, read as panels of U vectors of units, all
 // G gates of a unit in one panel, so that a tile holds all that a unit's cell needs.
 template <typename T, int G, int U>

@@ -7,18 +7,33 @@
 namespace torchrnn {
 inline namespace RNN_ISA {
 
-// One thread's part of one direction of `B`, a Backward, some steps at a time.
+// Left and right rows of the weight gradients, of kOuterDepth row-steps at a time.
+template <typename T>
+struct WeightRows {
+  int64_t count;
+  const T *dgates[kOuterDepth], *x[kOuterDepth], *h_prev[kOuterDepth], *dh[kOuterDepth], *aside[kOuterDepth];
+  // With peepholes, and with layer normalisation, only. gates are what the peepholes were added to.
+  const T *c[kOuterDepth], *c_prev[kOuterDepth], *mask_c_prev[kOuterDepth], *gates[kOuterDepth];
+  const T *tape[kOuterDepth], *dnorm[kOuterDepth];
+};
+
+// What one thread needs for them.
+template <typename T>
+struct WeightScratch {
+  OuterMemory<T> memory{};
+  WeightRows<T>* rows = nullptr;
+
+  WeightScratch() = default;
+  WeightScratch(int64_t depth, int64_t columns, Arena& arena)
+      : memory{depth, columns}, rows(arena.template get<WeightRows<T>>(1)) {
+    memory.data = arena.template get<T>(memory.size());
+  }
+};
+
+// A slice of one direction of `B`, a Backward, in the hands of one thread.
 template <typename T, typename B>
 struct WeightGradients {
-  // Left and right rows of the weight gradients, of kOuterDepth row-steps at a time.
-  struct Block {
-    int64_t count;
-    const T *dgates[kOuterDepth], *x[kOuterDepth], *h_prev[kOuterDepth], *dh[kOuterDepth],
-        *aside[kOuterDepth];
-    // With peepholes, and with layer normalisation, only. gates are what the peepholes were added to.
-    const T *c[kOuterDepth], *c_prev[kOuterDepth], *mask_c_prev[kOuterDepth], *gates[kOuterDepth];
-    const T *tape[kOuterDepth], *dnorm[kOuterDepth];
-  };
+  using Block = WeightRows<T>;
 
   B& f;
   const int d;
@@ -27,12 +42,11 @@ struct WeightGradients {
   const LayerParams<T>& p;
   const typename B::State& state;
   const bool back;
-  Arena arena;
-  OuterMemory<T> memory;
+  const OuterMemory<T>& memory;
   Block& block;
   bool accumulate = false;
 
-  WeightGradients(B& backward, int direction, const Slice& slice_)
+  WeightGradients(B& backward, int direction, const Slice& slice_, const WeightScratch<T>& scratch)
       : f(backward),
         d(direction),
         slice(slice_),
@@ -40,17 +54,16 @@ struct WeightGradients {
         p(backward.p),
         state(backward.state[direction]),
         back(backward.backwards(direction)),
-        memory{min64(kOuterDepth, p.steps * p.batch), ceil_div(B::G * p.hidden, slice.size())},
-        block(*arena.template get<Block>(1)) {
-    memory.data = arena.template get<T>(memory.size());
-  }
+        memory(scratch.memory),
+        block(*scratch.rows) {}
 
-  // Adds the steps s in begin..end-1.
-  void add(int64_t begin, int64_t end) {
-    int64_t s = begin, i = 0;
-    while (s < end || !accumulate) {  // Without any rows the sums are still to be set to zero.
+  // Sums over some steps; to be added to what is there, or the first ones.
+  void sum(Range steps, bool adds) {
+    accumulate = adds;
+    int64_t s = steps.begin, i = 0;
+    while (s < steps.end || !accumulate) {  // Without any rows the sums are still to be set to zero.
       block.count = 0;
-      while (s < end && block.count < kOuterDepth) {
+      while (s < steps.end && block.count < kOuterDepth) {
         if (i == state.rows.active[s]) {
           i = 0, ++s;
           continue;
@@ -169,7 +182,7 @@ struct WeightGradients {
         }
   }
 
-  // After the last sums: threads have made their columns of state.bias and state.peephole.
+  // After the last sums, of all slices: each has its columns of state.bias and state.peephole.
   void store_vectors() const {
     const auto& dw = q.dweights[d];
     if (slice.index() != 0) return;

@@ -38,9 +38,9 @@ struct Weights {
   }
   Weights() = default;
 
-  // Gives the parts their places in `memory` and returns the size of all: the matrices too if they are
-  // packed.
-  int64_t place(const LayerParams<T>& p, T* memory, bool packs) {
+  // Gives the parts their places in `memory` and returns the size of all. A matrix has one if packing it pays
+  // for a call with so many rows.
+  int64_t place(const LayerParams<T>& p, T* memory, int64_t rows) {
     constexpr int64_t kLine = 64 / sizeof(T);
     int64_t used = 0;
     const auto take = [&](int64_t count) {
@@ -50,10 +50,12 @@ struct Weights {
     };
     bias_x = take(G * p.hidden);
     bias_h = C::kHiddenBias >= 0 ? take(p.hidden) : nullptr;
-    if (!packs) return used;
-    input.packed = take(input.packed_size());
-    recurrent.packed = take(recurrent.packed_size());
-    if (second.hidden > 0) second.packed = take(second.packed_size());
+    const auto place_matrix = [&](auto& matrix) {
+      if (rows >= pack_from(matrix.depth)) matrix.packed = take(matrix.packed_size());
+    };
+    place_matrix(input);
+    place_matrix(recurrent);
+    if (second.hidden > 0) place_matrix(second);
     return used;
   }
 
@@ -90,7 +92,7 @@ struct Weights {
     int64_t size = 0;
     for (int d = 0; d < p.directions; ++d) {
       Weights w(p, d, zeros);
-      const int64_t mine = w.place(p, out == nullptr ? nullptr : out + size, true);
+      const int64_t mine = w.place(p, out == nullptr ? nullptr : out + size, INT64_MAX);
       size += mine;
       if (out == nullptr) continue;
       w.add_biases(p, d);
