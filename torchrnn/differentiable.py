@@ -27,6 +27,8 @@ from torch.autograd import forward_ad
 DIFFERENTIABLE = 4
 """How many inputs kernels have a gradient for: the first ones."""
 
+_INTERPRETER = torch._C._functorch.CInterpreter
+
 
 def plain() -> bool:
     """Whether a call computes and nothing else: nothing records, transforms, traces, casts or compiles it."""
@@ -42,7 +44,10 @@ def plain() -> bool:
 
 def transformed() -> bool:
     """Whether a functorch transform (vmap, jvp, grad ...) or forward-mode differentiation is active."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    # By its type, as torch.compile has an object here in any case.
+    return (
+        type(torch._C._functorch.peek_interpreter_stack()) is _INTERPRETER or forward_ad._current_level >= 0
+    )
 
 
 class DifferentiableOp:
