@@ -243,7 +243,9 @@ def _direction(
     alive = None if a.lengths is None else (time[:, None] < a.lengths.to(x.device)).unsqueeze(-1)  # [T, B, 1]
     if alive is not None:
         x = torch.where(alive, x, 0)  # Padding may hold anything; 0 * NaN in dW would spread it.
-    wx = F.linear(x, a.weight_ih[d].to(wide), pick(a.bias_ih))
+    # As a matrix: for more axes the vmap of dynamic sizes has no rule.
+    wx = F.linear(x.flatten(0, 1), a.weight_ih[d].to(wide), pick(a.bias_ih))
+    wx = wx.view(steps, batch, wx.size(1))
 
     h = x.new_zeros(batch, weight_hh.size(1)) if a.h0 is None else a.h0[d].to(wide)
     c: Tensor | None = None
