@@ -32,7 +32,7 @@ pytestmark = [
 ]
 MODES = {"grad": torch.enable_grad, "no grad": torch.no_grad, "inference": torch.inference_mode}
 RECORDED_IN = pytest.mark.parametrize("mode", ["grad", "no grad"])
-OFTEN = ["lstm", "lstm projected", "gru stacked", "rnn relu", "lstm cell without bias", "gru cell"]
+OFTEN = ["lstm projected", "gru stacked", "lstm cell without bias", "gru cell"]
 # Those that are not named here are left to the slow tests.
 EACH_MODULE = [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in MODULES]
 

@@ -183,10 +183,10 @@ def autocast_dtype(device: str, state_dtype: torch.dtype | None = None) -> torch
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
-    """Brings tensors, in lists too, to a dtype; those of integers and float64 stay as they are."""
+    """Brings tensors, in lists too, to a dtype; integers, float64 and what is no tensor stay as they are."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() and value.dtype != torch.float64 else value
-    return value if value is None else [cast(tensor, dtype) for tensor in value]
+    return [cast(tensor, dtype) for tensor in value] if isinstance(value, list) else value
 
 
 def layer(a: Arguments, options: Options, all_states: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
