@@ -131,8 +131,12 @@ def test_forget_bias_sets_the_forget_gate_only() -> None:
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_autocast_computes_in_its_dtype(name: str) -> None:
-    cell = getattr(torchrnn, name)(3, 5)
-    with torch.autocast("cpu", torch.bfloat16):
-        result = cell(torch.randn(2, 3), state(name, 2, 5))
-    assert {leaf.dtype for leaf in leaves(result)} == {torch.bfloat16}
+def test_autocast_gives_the_dtypes_of_torch(name: str) -> None:
+    ours, theirs = getattr(torchrnn, name)(3, 5), getattr(nn, name)(3, 5)
+    for dtype in (torch.float32, torch.bfloat16):
+        hx = state(name, 2, 5)
+        hx = tuple(s.to(dtype) for s in hx) if isinstance(hx, tuple) else hx.to(dtype)
+        for given in ((torch.randn(2, 3), hx), (torch.randn(2, 3).to(dtype),)):
+            with torch.autocast("cpu", torch.bfloat16):
+                results = leaves(ours(*given)), leaves(theirs(*given))
+            assert [leaf.dtype for leaf in results[0]] == [leaf.dtype for leaf in results[1]]

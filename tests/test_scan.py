@@ -421,15 +421,19 @@ def test_exported_with_dynamic_steps(cell: str) -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_autocast_gives_its_dtype(path: str, cell: str) -> None:
+def test_autocast_computes_in_the_dtype_of_the_state(path: str, cell: str) -> None:
     tensors = inputs(cell, (4, 3, 5), torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        ours = run(cell, tensors, "tanh", None, False)
-    rounded = [None if t is None else t.detach().bfloat16() for t in tensors]
-    theirs = run(cell, rounded, "tanh", None, False)
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    grads = torch.autograd.grad(ours[0].sum(), [t for t in tensors if t is not None])
-    assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in grads)
+    for dtype in (torch.float32, torch.bfloat16):
+        # The sums are what an autocast product gave.
+        wx, u, *states = [None if t is None else t.detach().requires_grad_() for t in tensors]
+        given = [wx.bfloat16(), u, *(None if state is None else state.to(dtype) for state in states)]
+        with torch.autocast("cpu", torch.bfloat16):
+            ours = run(cell, given, "tanh", None, False)
+        plain = run(cell, [None if t is None else t.detach().to(dtype) for t in given], "tanh", None, False)
+        assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+        assert ours[0].dtype == dtype
+        grads = torch.autograd.grad(ours[0].sum(), [t for t in (wx, u, *states) if t is not None])
+        assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in grads)
 
 
 # Errors ---------------------------------------------------------------------------------------------------
@@ -502,7 +506,11 @@ def test_an_unknown_cell_is_refused() -> None:
         call("gru")
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 @pytest.mark.parametrize("field", ["wx", "u", "h0", "lengths"])
-def test_arguments_that_are_no_tensors_are_refused(field: str) -> None:
-    with pytest.raises(TypeError, match=f"^ind_rnn: {field} must be a tensor, got list$"):
+def test_arguments_that_are_no_tensors_are_refused(field: str, autocast: bool) -> None:
+    with (
+        pytest.raises(TypeError, match=f"^ind_rnn: {field} must be a tensor, got list$"),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
         call(**{field: [1, 2]})

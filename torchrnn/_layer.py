@@ -286,10 +286,10 @@ class Layer(Prepackable, nn.RNNBase):
             w_hr = rest[-1] if self.proj_size > 0 else []
             a = Arguments(x, w_ih, w_hh, b_ih, b_hh, w_hr, h0=h0, c0=c0, lengths=lengths, resets=resets)
             try:
-                if self.recompute and not self._prepacked:
+                packed = self._prepacked[layer] if self._prepacked else None
+                if self.recompute and packed is None:
                     x, _, h_n, c_n = recompute.layer(a, options, state_dtype=state_dtype)
                 else:
-                    packed = self._prepacked[layer] if self._prepacked else None
                     x, _, h_n, c_n = ops.layer(a, options, packed=packed, state_dtype=state_dtype)
             except ValueError:
                 problem = _torch_problem(a)

@@ -72,7 +72,8 @@ class _Call(NamedTuple):
             return
         if not isinstance(value, Tensor):
             raise TypeError(f"{self.name}: {field} must be a tensor, got {type(value).__name__}")
-        if value.shape not in shapes:
+        # Asked twice, as torch.compile finds no shape of dynamic sizes by the first question.
+        if value.shape not in shapes and all(value.shape != shape for shape in shapes):
             # Formatted only here: under torch.compile a formatted size is a constant.
             steps, batch, inputs = self.x.shape
             raise ValueError(

@@ -27,6 +27,8 @@ from torch.autograd import forward_ad
 DIFFERENTIABLE = 4
 """How many inputs kernels have a gradient for: the first ones."""
 
+_INTERPRETER = torch._C._functorch.CInterpreter
+
 
 def plain() -> bool:
     """Whether a call computes and nothing else: nothing records, transforms, traces, casts or compiles it."""
@@ -42,7 +44,10 @@ def plain() -> bool:
 
 def transformed() -> bool:
     """Whether a functorch transform (vmap, jvp, grad ...) or forward-mode differentiation is active."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    # By its type, as torch.compile has an object here in any case.
+    return (
+        type(torch._C._functorch.peek_interpreter_stack()) is _INTERPRETER or forward_ad._current_level >= 0
+    )
 
 
 class DifferentiableOp:
@@ -139,15 +144,19 @@ class DifferentiableOp:
         return *self._fallback(*args), tape
 
     def _backward_fallback(self, *args: Any) -> tuple[Any, ...]:
-        douts, inputs, options, needs = self._split_backward(args)
         # Kernels run below autograd, whose key the dispatcher leaves out: here it is let in again.
         included = torch._C._dispatch_tls_local_include_set()
         excluded = torch._C._dispatch_tls_local_exclude_set()
         excluded = excluded.remove(torch._C.DispatchKey.AutogradFunctionality)
-        with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
-            flat, layout = flatten(inputs[:DIFFERENTIABLE])
-            variables = [tensor.detach().requires_grad_() for tensor in flat]
-            found = self._vjp(nest(variables, layout), inputs, options, douts, False)
+        with torch._C._ForceDispatchKeyGuard(included, excluded):
+            return self._backward_by_reference(args, False)
+
+    def _backward_by_reference(self, args: Sequence[Any], create_graph: bool) -> tuple[Any, ...]:
+        douts, inputs, options, needs = self._split_backward(args)
+        flat, layout = flatten(inputs[:DIFFERENTIABLE])
+        with torch.enable_grad():
+            variables = nest([_point(tensor) for tensor in flat], layout)
+            found = self._vjp(variables, inputs, options, douts, create_graph)
         grads = [torch.zeros_like(v) if grad is None else grad for grad, v in zip(found, flat, strict=True)]
         return _needed(inputs, nest(grads, layout), needs)
 
@@ -219,7 +228,7 @@ class DifferentiableOp:
     def _autograd(self, keyset: Any, *args: Any) -> Any:
         inputs, options = self._split(args)
         flat, layout = flatten(inputs)
-        if forward_ad._current_level >= 0 and any(map(_has_tangent, flat)):
+        if any(map(has_tangent, flat)):
             return self.reference(inputs, options)
         if torch.is_grad_enabled():
             # A mask is learnt, say.
@@ -234,6 +243,8 @@ class DifferentiableOp:
     def _backward_autograd(self, keyset: Any, *args: Any) -> Any:
         flat, layout = flatten(args[: self.results + self.count])
         kept, _ = flatten(args[-DIFFERENTIABLE - 2 : -DIFFERENTIABLE])
+        if any(map(has_tangent, flat)):
+            return self._backward_by_reference(args, torch.is_grad_enabled())
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in [*flat, *kept]):
             rest = args[self.results + self.count :]
             apply = _BackwardGradient.apply  # As above.
@@ -332,11 +343,13 @@ class _BackwardGradient(torch.autograd.Function):
 
 def _point(tensor: Tensor) -> Tensor:
     """Returns a view that one can differentiate by and that still leads to the caller's tensor."""
-    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
+    view = tensor.view_as(tensor)  # Unlike detach() it has the tangent of a dual number.
+    return view if view.requires_grad else view.requires_grad_()
 
 
-def _has_tangent(tensor: Tensor) -> bool:
-    return forward_ad.unpack_dual(tensor).tangent is not None
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether a tensor is a dual number of forward-mode differentiation."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _spread(grads: Sequence[Any], variables: Sequence[Any]) -> list[Tensor | None]:
@@ -413,9 +426,10 @@ def loop_over_batch(op: Any) -> Callable[..., Any]:
         for one in zip(*rows, strict=True):
             tensors = nest(one, layout)
             call = [arg if t is None else t for arg, t in zip(args, tensors, strict=True)]
-            found, places = flatten(op(*call))
+            result = op(*call)
+            found, places = flatten([result] if isinstance(result, Tensor) else result)
             results.append(found)
         stacked = [torch._add_batch_dim(torch.stack(each), 0, level) for each in zip(*results, strict=True)]
-        return tuple(nest(stacked, places))
+        return stacked[0] if isinstance(result, Tensor) else tuple(nest(stacked, places))
 
     return kernel

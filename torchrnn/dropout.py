@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from torchrnn._native import DTYPES
-from torchrnn.differentiable import loop_over_batch
+from torchrnn.differentiable import has_tangent, loop_over_batch
 
 _LIBRARY = torch.library.Library("torchrnn", "FRAGMENT")
 _LIBRARY.define("dropout(Tensor x, Tensor seed, float keep) -> Tensor")
@@ -111,6 +111,8 @@ class _Gradient(torch.autograd.Function):
 
 
 def _autograd(keyset: Any, x: Tensor, seed: Tensor, keep: float) -> Any:
+    if has_tangent(x):
+        return _reference(x, seed, keep)
     below = keyset & torch._C._after_autograd_keyset
     if torch.is_grad_enabled() and x.requires_grad:
         apply = _Gradient.apply  # torch leaves it without annotations.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
@@ -58,14 +57,11 @@ class Options:
     proj_clip: float | None = None
     norm_eps: float = 1e-5
     reverse: bool = False
-
-    @cached_property
-    def codes(self) -> tuple[int, int]:
-        """Cell and activation as the ops have them."""
-        return CELLS[self.cell].code, ACTIVATIONS[self.activation]
+    codes: tuple[int, int] = field(init=False, repr=False, compare=False)
+    """Cell and activation as the ops have them; a field, since small calls would feel a property."""
 
     def __post_init__(self) -> None:
-        """Refuses what no path can run."""
+        """Refuses what no path can run; sets ``codes``."""
         if self.cell not in CELLS:
             raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {self.cell!r}")
         if self.activation not in ACTIVATIONS:
@@ -78,3 +74,4 @@ class Options:
                 raise ValueError(f"{name} applies to cells with memory only, got cell {self.cell!r}")
         if not self.norm_eps >= 0:
             raise ValueError(f"norm_eps must be at least 0, got {self.norm_eps}")
+        object.__setattr__(self, "codes", (CELLS[self.cell].code, ACTIVATIONS[self.activation]))

@@ -169,12 +169,9 @@ def _computes() -> bool:
     return not (
         torch.compiler.is_exporting()
         or torch._C._is_any_autocast_enabled()
+        or transformed()  # Also inside what is compiled, where it is a constant of the graph.
         or (
             not torch.compiler.is_compiling()
-            and (
-                torch._C._get_tracing_state() is not None
-                or torch._C._len_torch_dispatch_stack() > 0
-                or transformed()
-            )
+            and (torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0)
         )
     )

@@ -77,15 +77,16 @@ class _Recomputed(torch.autograd.Function):
         a = _filled(ctx.layout, variables, lengths, resets)
         if torch.is_grad_enabled():  # For a second derivative.
             return None, None, *_differentiable_again(a, ctx.options, variables, (dy, dh_n, dc_n))
-        memory = CELLS[ctx.options.cell].memory
+        memory, outputs = CELLS[ctx.options.cell].memory, a.weight_hh[0].size(1)
         grads: Arguments | None = None
         for d in range(len(a.weight_hh)):
             one = _Direction(a, ctx.options, d, ctx.chunk)
             part = one.backward(
                 [(next(rest), next(rest) if memory else None) for _ in one.chunks],
-                None if dy is None else dy.unflatten(2, (len(a.weight_hh), -1))[:, :, d],
-                None if dh_n is None else dh_n[d : d + 1],
-                None if dc_n is None or not memory else dc_n[d : d + 1],
+                # Not by brackets, which the vmap of batched backward passes does not know for a whole axis.
+                None if dy is None else dy.narrow(2, d * outputs, outputs),
+                None if dh_n is None else dh_n.narrow(0, d, 1),
+                None if dc_n is None or not memory else dc_n.narrow(0, d, 1),
                 need_x=ctx.needs_input_grad[2],
             )
             grads = part if grads is None else _joined(grads, part)
@@ -196,7 +197,7 @@ class _Direction:
             part = a._replace(x=a.x[begin:end], h0=h0, c0=c0, lengths=lengths, resets=resets)
             flat = ops.flat(part, self.options)
             y, *_, tape = ops.LAYER.train_op(*flat)
-            here = None if dy is None else dy[begin:end]
+            here = None if dy is None else dy.narrow(0, begin, end - begin)
             dpart, dweights, dh, dc = ops.LAYER.backward_op(
                 here, None, dh, dc, *flat, y, tape, need_x, True, True, c0 is not None
             )

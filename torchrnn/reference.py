@@ -183,10 +183,10 @@ def autocast_dtype(device: str, state_dtype: torch.dtype | None = None) -> torch
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
-    """Brings tensors, in lists too, to a dtype; those of integers and float64 stay as they are."""
+    """Brings tensors, in lists too, to a dtype; integers, float64 and what is no tensor stay as they are."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() and value.dtype != torch.float64 else value
-    return value if value is None else [cast(tensor, dtype) for tensor in value]
+    return [cast(tensor, dtype) for tensor in value] if isinstance(value, list) else value
 
 
 def layer(a: Arguments, options: Options, all_states: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -243,7 +243,9 @@ def _direction(
     alive = None if a.lengths is None else (time[:, None] < a.lengths.to(x.device)).unsqueeze(-1)  # [T, B, 1]
     if alive is not None:
         x = torch.where(alive, x, 0)  # Padding may hold anything; 0 * NaN in dW would spread it.
-    wx = F.linear(x, a.weight_ih[d].to(wide), pick(a.bias_ih))
+    # As a matrix: for more axes the vmap of dynamic sizes has no rule.
+    wx = F.linear(x.flatten(0, 1), a.weight_ih[d].to(wide), pick(a.bias_ih))
+    wx = wx.view(steps, batch, wx.size(1))
 
     h = x.new_zeros(batch, weight_hh.size(1)) if a.h0 is None else a.h0[d].to(wide)
     c: Tensor | None = None

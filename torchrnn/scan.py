@@ -98,7 +98,7 @@ def scan(
         TypeError: If an argument is not a tensor where one is required.
     """
     _check_cell(cell, wx, activation)
-    state = next((state for state in (h0, c0) if state is not None), wx)
+    state = next((state for state in (h0, c0) if isinstance(state, Tensor)), wx)
     dtype = autocast_dtype(wx.device.type, state.dtype)
     if dtype is not None:
         wx, u, h0, c0, mask_h, mask_c = cast([wx, u, h0, c0, mask_h, mask_c], dtype)

@@ -54,11 +54,12 @@ def state_masks(run: Run, units: int, as_tuple: bool) -> tuple[Tensor | None, Te
     return run.masks[..., units:], run.masks[..., :units]
 
 
-def forget_rows(like: Tensor, forget_bias: float) -> Tensor:
-    """Returns what is like a tensor [G, U], with ``forget_bias`` in the engine's row of f, else 0."""
-    rows = torch.zeros_like(like)
-    rows[1] = forget_bias
-    return rows
+def forget(rows: Tensor, forget_bias: float, row: int = 1) -> Tensor:
+    """Returns rows [G, U] with ``forget_bias`` added to that of f, by default the engine's.
+
+    Out of place, because torch.func.linearize does without what is written in place.
+    """
+    return torch.cat([rows[:row], (rows[row : row + 1] + forget_bias).to(rows.dtype), rows[row + 1 :]])
 
 
 def listed(extras: Mapping[str, bool]) -> str:
@@ -254,7 +255,7 @@ class LSTMCell(RNNCell):
     def _shifts(self) -> tuple[Tensor | None, tuple[Tensor, Tensor, float] | None]:
         """Returns the engine's bias and layer norm, one of them with ``forget_bias`` in it."""
         bias = gate_vector(self.bias, ENGINE_ORDER).view(4, -1)
-        return (bias + forget_rows(bias, self.forget_bias)).view(-1), None
+        return forget(bias, self.forget_bias).view(-1), None
 
     def call(self, inputs: Tensor, state: Nest) -> tuple[Tensor, Nest]:
         """Returns ``(h', (c', h'))``."""

@@ -22,7 +22,7 @@ from torchrnn.rnn_cell.base import (
     split_state,
     why_no_kernel,
 )
-from torchrnn.rnn_cell.core import state_masks
+from torchrnn.rnn_cell.core import forget, state_masks
 from torchrnn.rnn_cell.gated import HoistedCell
 from torchrnn.scan import scan
 
@@ -347,8 +347,7 @@ class IndyLSTMCell(ScannedCell):
         if self.why_loop() is not None:
             return super().unroll(inputs, state, run)
         c, h = split_state(state, self.num_units, True)
-        forget = self.bias.new_zeros(4, self.num_units)
-        forget[2] = self.forget_bias
-        sums = linear([inputs], self.kernel_w, self.bias + forget.view(-1))
+        bias = forget(self.bias.view(4, -1), self.forget_bias, 2).view(-1)
+        sums = linear([inputs], self.kernel_w, bias)
         y, h, c = self.scan(sums, self.kernel_u[0], h, c, run, state_masks(run, self.num_units, True))
         return y, LSTMStateTuple(c, h)

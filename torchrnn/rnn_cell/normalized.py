@@ -16,7 +16,7 @@ from torchrnn.rnn_cell.base import (
     glorot_uniform,
     ignore_input_size,
 )
-from torchrnn.rnn_cell.core import ENGINE_ORDER, SUMS, LSTMCell, forget_rows
+from torchrnn.rnn_cell.core import ENGINE_ORDER, SUMS, LSTMCell, forget
 from torchrnn.rnn_cell.dropout import generator_of, uniform
 
 # Layer normalisation --------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ class _NormalisedLSTMCell(LSTMCell, keeps_unroll=True):
             return super()._shifts()
         scopes = [*(SUMS[k] for k in ENGINE_ORDER), "state"]
         gain, shift = (torch.stack([getattr(self, f"{s}_{v}") for s in scopes]) for v in ("gamma", "beta"))
-        return None, (gain, shift + forget_rows(shift, self.forget_bias), epsilon(self.norm_eps, gain.dtype))
+        return None, (gain, forget(shift, self.forget_bias), epsilon(self.norm_eps, gain.dtype))
 
     def variable_shapes(self, input_size: int) -> Mapping[str, tuple[int, ...]]:
         """Returns the shapes for I inputs."""
