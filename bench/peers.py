@@ -11,9 +11,10 @@ from torch.utils import _pytree as pytree
 
 import torchrnn
 from bench.adapters.cells import Unrolled
-from bench.adapters.layers import Prepacked, TorchLayer, lengths_forward, packed_forward
+from bench.adapters.layers import TorchLayer, lengths_forward, packed_forward
 from bench.adapters.loop import CompiledLoop
 from bench.adapters.onnx import OnnxRuntime, OpenVino
+from bench.adapters.prepacked import Prepacked
 from bench.adapters.problem import TORCH_LAYERS, Peer, Problem, Run, grad_mode, kinds, make_problem
 from bench.cases import TF_PRODUCTS, Case
 

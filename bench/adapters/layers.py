@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-import torchrnn
 from bench.adapters.problem import Kind, Problem, Run, make_call, make_layer, make_run
 from bench.cases import STEP_GATES, Case
 
@@ -93,15 +92,3 @@ class TorchLayer:
             return [y, *(final if isinstance(final, tuple) else (final,))]
 
         return make_run(case, forward, x, parameters, dy)
-
-
-class Prepacked(TorchLayer):
-    """A layer of torchrnn whose weights are constants, for inference."""
-
-    def supports(self, case: Case) -> bool:
-        return case.mode in ("infer", "nograd") and super().supports(case)
-
-    def make(self, problem: Problem, dtype: torch.dtype) -> nn.Module:
-        layer = super().make(problem, dtype)
-        torchrnn.prepack(layer)
-        return layer
