@@ -128,11 +128,3 @@ def test_forget_bias_sets_the_forget_gate_only() -> None:
         assert torch.equal(ours, expected), name
     assert repr(cell) == "LSTMCell(3, 5, forget_bias=2)"
     assert repr(torchrnn.GRUCell(3, 5, reset_after=False)) == "GRUCell(3, 5, reset_after=False)"
-
-
-@pytest.mark.parametrize("name", CELLS)
-def test_autocast_computes_in_its_dtype(name: str) -> None:
-    cell = getattr(torchrnn, name)(3, 5)
-    with torch.autocast("cpu", torch.bfloat16):
-        result = cell(torch.randn(2, 3), state(name, 2, 5))
-    assert {leaf.dtype for leaf in leaves(result)} == {torch.bfloat16}
