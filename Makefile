@@ -22,7 +22,7 @@ CXX_FILES := $(filter %.h %.cpp %.cu,$(CSRC) $(wildcard tests/cuda/* gpu/*))
 .DELETE_ON_ERROR:
 # Two pips at once in one environment damage it.
 .NOTPARALLEL:
-.PHONY: help demo examples test test-slow check format bench bench-peers cuda-check gpu clean distclean
+.PHONY: help demo examples test test-slow fuzz check format bench bench-peers cuda-check gpu clean distclean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,17 +38,24 @@ examples: $(VENV)/.with-demo build/.extension ## Train small models as they were
 	done
 
 # Twice: with the kernels, and without them, so that every op takes its fallback.
-FALLBACK_TESTS := $(addprefix tests/test_,$(addsuffix .py,parity ops native modules sequences cells errors convert scan dropout))
+FALLBACK_TESTS := $(addprefix tests/test_,$(addsuffix .py,parity ops native modules sequences cells errors convert scan dropout empty inplace recompute))
 
 # Tests of the CUDA sources that need a compiler for the host and no GPU: they are a part of cuda-check.
 HOST_TESTS := $(wildcard tests/test_cuda_*.py tests/cuda/test_*.py)
 
-test: $(VENV)/.with-test build/.extension ## Run the tests but those of cuda-check (seven minutes on two cores); ARGS goes to pytest.
-	@$(BIN)/python -m pytest -q -n $(JOBS) $(addprefix --ignore=,$(HOST_TESTS)) $(ARGS)
-	@TORCHRNN_PURE=1 $(BIN)/python -m pytest -q -n $(JOBS) $(FALLBACK_TESTS) $(ARGS)
+test: $(VENV)/.with-test build/.extension ## Run the tests but those of cuda-check (nine minutes on two cores); ARGS goes to pytest.
+	@status=0; \
+	$(BIN)/python -m pytest -q -n $(JOBS) $(addprefix --ignore=,$(HOST_TESTS)) $(ARGS) || status=1; \
+	TORCHRNN_PURE=1 $(BIN)/python -m pytest -q -n $(JOBS) $(FALLBACK_TESTS) $(ARGS) || status=1; \
+	exit $$status
 
 test-slow: $(VENV)/.with-test build/.extension ## Run the full grids and long runs.
 	@$(BIN)/python -m pytest -q -n $(JOBS) -m slow $(ARGS)
+
+CALLS ?= 20000
+
+fuzz: $(VENV)/.with-test build/.extension ## Call the ops at random, CALLS times (20000), and count crashes and wrong results.
+	@$(BIN)/python tests/fuzz_ops.py --calls $(CALLS) --jobs $(JOBS) $(ARGS)
 
 check: $(VENV)/.with-dev ## Check formatting, lint and types.
 	$(BIN)/ruff format --quiet --check $(PYTHON_FILES)

@@ -128,15 +128,3 @@ def test_forget_bias_sets_the_forget_gate_only() -> None:
         assert torch.equal(ours, expected), name
     assert repr(cell) == "LSTMCell(3, 5, forget_bias=2)"
     assert repr(torchrnn.GRUCell(3, 5, reset_after=False)) == "GRUCell(3, 5, reset_after=False)"
-
-
-@pytest.mark.parametrize("name", CELLS)
-def test_autocast_gives_the_dtypes_of_torch(name: str) -> None:
-    ours, theirs = getattr(torchrnn, name)(3, 5), getattr(nn, name)(3, 5)
-    for dtype in (torch.float32, torch.bfloat16):
-        hx = state(name, 2, 5)
-        hx = tuple(s.to(dtype) for s in hx) if isinstance(hx, tuple) else hx.to(dtype)
-        for given in ((torch.randn(2, 3), hx), (torch.randn(2, 3).to(dtype),)):
-            with torch.autocast("cpu", torch.bfloat16):
-                results = leaves(ours(*given)), leaves(theirs(*given))
-            assert [leaf.dtype for leaf in results[0]] == [leaf.dtype for leaf in results[1]]

@@ -18,7 +18,7 @@ def test_example_explains_its_options(name: str, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit) as exit_info:
         importlib.import_module(f"examples.{name}").main(["--help"])
     assert exit_info.value.code == 0
-    output = capsys.readouterr().out
+    output = " ".join(capsys.readouterr().out.split())  # However wide the terminal is.
     assert "Defaults stand in brackets" in output
     for option in ("--epochs", "--hidden", "--seed", "--threads"):
         assert option in output

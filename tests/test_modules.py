@@ -272,21 +272,14 @@ def test_other_dtypes(any_path: str, name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_autocast_computes_in_the_dtype_that_torch_returns(name: str) -> None:
-    layer, theirs = getattr(torchrnn, name)(3, 5), getattr(nn, name)(3, 5)
-    x = torch.randn(4, 2, 3)
-    for given in (x, x.bfloat16()):
-        with torch.autocast("cpu", torch.bfloat16):
-            y, hx = layer(given)
-            with pytest.raises(ValueError, match=r"lengths must be \[B\]"):
-                layer(given, lengths=[1])
-            assert [leaf.dtype for leaf in leaves((y, hx))] == [leaf.dtype for leaf in leaves(theirs(given))]
-        layer.zero_grad()
-        y.float().sum().backward()
-        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
-        plain = copy.deepcopy(layer).to(y.dtype)(given.to(y.dtype))
-        for result, value in zip(leaves((y, hx)), leaves(plain), strict=True):
-            assert torch.equal(result, value)
+def test_gradients_of_autocast_have_the_dtype_of_the_weights(name: str) -> None:
+    layer, x = getattr(torchrnn, name)(3, 5), torch.randn(4, 2, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = layer(x)
+        with pytest.raises(ValueError, match=r"lengths must be \[B\]"):
+            layer(x.bfloat16(), lengths=[1])
+    y.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
 
 
 def test_forget_bias_sets_the_forget_gate_only() -> None:

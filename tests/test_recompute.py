@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from conftest import rebuild, trio
 from test_ops import arguments, vary
 from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import torchrnn
 from torchrnn import ops, recompute
@@ -136,6 +138,55 @@ def test_compilers_and_transforms_go_the_plain_way() -> None:
     whole = torch.autograd.grad(y.sum(), list(parameters.values()))
     for name, gradient in zip(parameters, whole, strict=True):
         torch.testing.assert_close(single[name].sum(0), gradient)
+
+
+@pytest.mark.parametrize("number", [torch.inf, torch.nan])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_what_is_not_finite_does_not_cross_a_reset(name: str, number: float) -> None:
+    """Of both directions and at every place of the reset within the chunks of steps."""
+    for at in range(1, 9):
+        # The resets cut off step `at`, and the backward direction those before it.
+        resets = torch.zeros(9, 3, dtype=torch.bool)
+        resets[at] = True
+        for bad, read in ((at - 1, slice(at, None)), (at, slice(0, at))):
+            x = torch.randn(9, 3, 3)
+            x[bad, 1] = number
+            found = []
+            for again in (False, True):
+                torch.manual_seed(0)
+                layer = getattr(torchrnn, name)(3, 4, bidirectional=True, recompute=again)
+                wanted = x.clone().requires_grad_()
+                y, _ = layer(wanted, resets=resets)
+                (dx,) = torch.autograd.grad(y[read].sum(), wanted)
+                assert y[read].isfinite().all()
+                assert dx[read].isfinite().all()
+                found.append(dx[read])
+            torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["", "recompute"])
+@pytest.mark.parametrize("state", ["training", "evaluation", "prepacked"])
+@pytest.mark.parametrize("form", ["batch", "one row", "packed", "lengths"])
+def test_a_state_that_is_none_is_refused_as_by_torch(form: str, state: str, again: bool) -> None:
+    shape = (3,) if form == "one row" else (2, 3)
+    x: Any = torch.randn(5, *shape)
+    extras = {"lengths": [5, 2]} if form == "lengths" else {}
+    if form == "packed":
+        x = pack_padded_sequence(x, torch.tensor([5, 2]))
+    h = torch.zeros(1, *shape[:-1], 4)
+    ours = torchrnn.LSTM(3, 4, recompute=again).train(state == "training")
+    theirs = torch.nn.LSTM(3, 4)
+    if state == "prepacked":
+        torchrnn.prepack(ours.requires_grad_(False))
+    for hx, grad in itertools.product(((h, None), (None, h), (None, None)), (True, False)):
+        with torch.set_grad_enabled(grad and state != "prepacked"):
+            problems = []
+            for layer, given in ((ours, extras), (theirs, {})):
+                with pytest.raises((AttributeError, TypeError)) as problem:
+                    layer(x, hx, **given)
+                problems.append(problem)
+        assert problems[0].type is problems[1].type
+        assert str(problems[0].value) == str(problems[1].value)
 
 
 def test_mistakes_are_named_as_in_the_plain_layer() -> None:

@@ -251,6 +251,11 @@ class Layer(Prepackable, nn.RNNBase):
         data, sizes, order, inverse = packed
         batch = int(sizes[0]) if order is None else order.numel()
         states = self._states(hx)
+        for i, state in enumerate(states):
+            if not isinstance(state, Tensor):
+                raise TypeError(
+                    f"expected Tensor as element {i} in argument 2, but got {type(state).__name__}"
+                )
         if order is not None and any(state.dim() != 3 or state.size(1) != batch for state in states):
             # torch.nn takes the rows that sorted_indices names from whatever it is given.
             states = tuple(state.index_select(1, order)[:, inverse] for state in states)
@@ -271,9 +276,7 @@ class Layer(Prepackable, nn.RNNBase):
         options = self._options()
         directions = 2 if self.bidirectional else 1
         finals = []
-        # As in torch.nn, whose LSTM rounds them unless there is a projection.
-        keeps_state = self.mode == "GRU" or self.proj_size > 0
-        state_dtype = (states[0] if states else x).dtype if keeps_state else None
+        state_dtype = (states[0] if states else x).dtype if self._keeps_states(x, packing) else None
         for layer in range(self.num_layers):
             if layer and self.training and self.dropout != 0:
                 x = self._drop(x, packing)
@@ -299,7 +302,27 @@ class Layer(Prepackable, nn.RNNBase):
             if self.proj_size > 0 and (dtype := autocast_dtype(x.device.type)) is not None:
                 x, h_n = cast([x, h_n], dtype)  # The product with weight_hr is autocast's.
             finals.append((h_n, c_n))
-        return x, self._stacked(finals)
+        return x.clone() if self._reads_copy(x, packing) else x, self._stacked(finals)
+
+    def _keeps_states(self, x: Tensor, packing: _Packing | None) -> bool:
+        """Whether autocast leaves the states in their own dtype, as those of ``torch.nn``.
+
+        An LSTM's are rounded where oneDNN runs it, and those of an RNN everywhere.
+        """
+        if self.mode != "LSTM":
+            return self.mode == "GRU"
+        is_trained_in_half = x.dtype == torch.float16 and torch.is_grad_enabled()
+        return self.proj_size > 0 or packing is not None or is_trained_in_half
+
+    def _reads_copy(self, y: Tensor, packing: _Packing | None) -> bool:
+        """Whether the caller gets a copy of y, which backward will read, and may write to it.
+
+        Which is so where ``torch.nn`` lets him: it keeps the output itself only where oneDNN trains the LSTM,
+        in one direction.
+        """
+        if self.mode != "LSTM" or self.recompute or packing is not None or not y.requires_grad:
+            return False
+        return self.bidirectional or self.proj_size > 0 or y.dtype not in (torch.float32, torch.bfloat16)
 
     def _stacked(self, finals: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
         """Returns the final states of all layers, from ``(h_n, c_n)`` of each."""
@@ -375,6 +398,13 @@ class Layer(Prepackable, nn.RNNBase):
         return resets.transpose(0, 1) if self.batch_first else resets
 
 
+def dtypes_differ(a: Tensor, b: Tensor) -> bool:
+    """Whether dtypes differ, also after autocast, which leaves float64 as it is."""
+    return a.dtype != b.dtype and (
+        not torch._C._is_any_autocast_enabled() or torch.float64 in (a.dtype, b.dtype)
+    )
+
+
 def _torch_problem(a: Arguments) -> str | None:
     """Returns ATen's text for the mistakes that it finds in these arguments, None if it would run them."""
     if a.x.size(0) == 0:
@@ -385,7 +415,7 @@ def _torch_problem(a: Arguments) -> str | None:
         if tensor.device != a.x.device:
             found = f"found input tensor at {a.x.device} and {kind} tensor at {tensor.device}"
             return f"Input and {kind} tensors are not at the same device, {found}"
-        if tensor.dtype != a.x.dtype and not torch._C._is_any_autocast_enabled():
+        if dtypes_differ(tensor, a.x):
             types = scalar_type(a.x.dtype), scalar_type(tensor.dtype)
             found = f"found input tensor with {types[0]} and {kind} tensor with {types[1]}"
             return f"Input and {kind} tensors are not the same dtype, {found}"

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from torchrnn import ops
-from torchrnn._layer import OPTIONS, scalar_type
+from torchrnn._layer import OPTIONS, dtypes_differ, scalar_type
 from torchrnn._tools import script
 from torchrnn.differentiable import plain
 from torchrnn.layers import check_forget_bias, set_forget_bias
@@ -130,7 +129,7 @@ def _torch_problem(a: Arguments) -> str | None:
         if given.device != weight.device:
             found = f"but found at least two devices, {given.device} and {weight.device}!"
             return f"Expected all tensors to be on the same device, {found}"
-        if given.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
+        if dtypes_differ(given, weight):
             names = f"{scalar_type(given.dtype)} and {scalar_type(weight.dtype)}"
             return f"mat1 and mat2 must have the same dtype, but got {names}"
     return None

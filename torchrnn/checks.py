@@ -13,24 +13,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from torchrnn._native import DTYPES
-from torchrnn.differentiable import transformed
 from torchrnn.options import CELLS, Options
 from torchrnn.reference import Arguments
 
 
-def check(a: Arguments, options: Options, values: bool = True) -> None:
-    """Raises ValueError or TypeError for what no path can run.
-
-    Args:
-        a: The arguments of a layer.
-        options: Its options.
-        values: Whether to look at the values of lengths too, as far as they are at hand.
-    """
+def check(a: Arguments, options: Options) -> None:
+    """Raises ValueError or TypeError for what no path can run; values of lengths if they are at hand."""
     call = _Call.of(a, options)
     _check_weights(call, a, options)
     _check_states(call, a, options)
     if a.lengths is not None:
-        check_lengths(call.name, call.x, a.lengths, values)
+        check_lengths(call.name, call.x, a.lengths)
     if a.resets is not None:
         _check_resets(call, a.resets)
 
@@ -153,7 +146,7 @@ def _need_memory(call: _Call, field: str, options: Options) -> None:
         raise ValueError(f"{call.name}: {field} must be absent, it applies to cells with memory only")
 
 
-def check_lengths(name: str, x: Tensor, lengths: Tensor, values: bool = True) -> None:
+def check_lengths(name: str, x: Tensor, lengths: Tensor) -> None:
     """Raises unless lengths fit x [T, B, I]; ``name`` is that of the op."""
     steps, batch, _ = x.shape
     if not isinstance(lengths, Tensor):
@@ -162,7 +155,7 @@ def check_lengths(name: str, x: Tensor, lengths: Tensor, values: bool = True) ->
         raise ValueError(f"{name}: lengths must be [B] with B={batch}, got {list(lengths.shape)}")
     if lengths.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{name}: lengths must be int64 or int32, got {lengths.dtype}")
-    if values and batch > 0 and _has_values(lengths):
+    if batch > 0 and _has_values(lengths):
         low, high = (int(bound) for bound in torch.aminmax(lengths))
         if low < 0 or high > steps:
             raise ValueError(f"{name}: lengths must be in 0..T with T={steps}, got {low}..{high}")
@@ -176,7 +169,7 @@ def _has_values(tensor: Tensor) -> bool:
         or torch.compiler.is_compiling()
         or isinstance(tensor, FakeTensor)
         or torch._C._get_tracing_state() is not None
-        or transformed()
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )
 
 

@@ -61,8 +61,10 @@ class DifferentiableOp:
         options: The schema's other arguments.
         outputs: Names of the results, tensors all; the first one is y. An absent one is empty, [0].
         reference: ``(inputs, options) -> outputs``, in differentiable torch operators.
-        fake: ``(inputs, options) -> (*outputs, tape)``, of the right shapes and dtypes; raises for what no
-            path can run.
+        check: ``(inputs, options)``: raises ValueError or TypeError for what no path can run. Kernels have
+            checks of their own; these are for every other path of a direct call.
+        fake: ``(inputs, options) -> (*outputs, tape)``, of the right shapes and dtypes, on the first input's
+            device.
         keeps_y: ``options -> bool``: whether NAME_backward reads y. Otherwise callers may change it in place.
     """
 
@@ -75,11 +77,14 @@ class DifferentiableOp:
         options: Sequence[str],
         outputs: Sequence[str],
         reference: Callable[[Sequence[Any], Sequence[Any]], tuple[Tensor, ...]],
+        check: Callable[[Sequence[Any], Sequence[Any]], None],
         fake: Callable[[Sequence[Any], Sequence[Any]], tuple[Tensor, ...]],
         keeps_y: Callable[[Sequence[Any]], bool],
     ) -> None:
+        self.name, self.outputs = name, outputs
+        self.inputs = [text.split()[1] for text in inputs]
         self.count, self.results = len(inputs), len(outputs)
-        self.reference, self.fake, self.keeps_y = reference, fake, keeps_y
+        self.reference, self.check_call, self.fake, self.keeps_y = reference, check, fake, keeps_y
         differentiable = [text.replace("?", "").split() for text in inputs[:DIFFERENTIABLE]]
         returns = ", ".join(f"Tensor {output}" for output in outputs)
         arguments = ", ".join([*inputs, *options])
@@ -134,14 +139,14 @@ class DifferentiableOp:
 
     def _fallback(self, *args: Any) -> tuple[Tensor, ...]:
         inputs, options = self._split(args)
-        self.fake(inputs, options)
+        self._check(inputs, options)
         # An op may not return the same storage twice or an argument's: with T=1 the reference's h_n can be y.
         return tuple(out.clone() for out in self.reference(inputs, options))
 
     def _train_fallback(self, *args: Any) -> tuple[Tensor, ...]:
+        outputs = self._fallback(*args)
         # The reference keeps nothing, but compilers cache the shape of a tape, and must find it everywhere.
-        tape = torch.zeros_like(self.fake(*self._split(args))[-1])
-        return *self._fallback(*args), tape
+        return *outputs, torch.zeros_like(self.fake(*self._split(args))[-1])
 
     def _backward_fallback(self, *args: Any) -> tuple[Any, ...]:
         # Kernels run below autograd, whose key the dispatcher leaves out: here it is let in again.
@@ -153,6 +158,7 @@ class DifferentiableOp:
 
     def _backward_by_reference(self, args: Sequence[Any], create_graph: bool) -> tuple[Any, ...]:
         douts, inputs, options, needs = self._split_backward(args)
+        self._check_backward(args)
         flat, layout = flatten(inputs[:DIFFERENTIABLE])
         with torch.enable_grad():
             variables = nest([_point(tensor) for tensor in flat], layout)
@@ -161,18 +167,22 @@ class DifferentiableOp:
         return _needed(inputs, nest(grads, layout), needs)
 
     def _fake(self, *args: Any) -> tuple[Tensor, ...]:
-        return self.fake(*self._split(args))[:-1]
+        return self._train_fake(*args)[:-1]
 
     def _train_fake(self, *args: Any) -> tuple[Tensor, ...]:
-        return self.fake(*self._split(args))
+        inputs, options = self._split(args)
+        self._check(inputs, options)
+        return self.fake(inputs, options)
 
     def _backward_fake(self, *args: Any) -> tuple[Any, ...]:
         _, inputs, _, needs = self._split_backward(args)
+        self._check_backward(args)
         flat, layout = flatten(inputs[:DIFFERENTIABLE])
         return _needed(inputs, nest([tensor.new_empty(tensor.shape) for tensor in flat], layout), needs)
 
     def _transformed(self, *args: Any) -> tuple[Tensor, ...]:
         inputs, options = self._split(args)
+        self._check(inputs, options)
         # Copies, since a compiled jvp takes no view of an input that is itself a part of a larger tensor.
         flat, layout = flatten(inputs[:DIFFERENTIABLE])
         copies = nest([tensor.clone() for tensor in flat], layout)
@@ -180,6 +190,7 @@ class DifferentiableOp:
 
     def _backward_transformed(self, *args: Any) -> tuple[Any, ...]:
         douts, inputs, options, needs = self._split_backward(args)
+        self._check_backward(args)
         flat, layout = flatten(inputs[:DIFFERENTIABLE])
 
         def outputs(*variables: Tensor) -> tuple[Tensor, ...]:
@@ -189,6 +200,38 @@ class DifferentiableOp:
 
         pull = torch.func.vjp(outputs, *flat)[1]
         return _needed(inputs, nest(pull(tuple(d for d in douts if d is not None)), layout), needs)
+
+    def _check(self, inputs: Sequence[Any], options: Sequence[Any]) -> None:
+        """Raises for what no path can run; dispatch brings here all that is not strided or on one device."""
+        first = inputs[0]
+        for name, value in zip(self.inputs, inputs, strict=True):
+            for tensor in flatten([value])[0]:
+                check_plain(self.name, name, tensor, first)
+        self.check_call(inputs, options)
+
+    def _check_backward(self, args: Sequence[Any]) -> None:
+        """Raises unless the forward call holds, and what it gave and its gradients are like its results."""
+        douts, inputs, options, _ = self._split_backward(args)
+        self._check(inputs, options)
+        first: Tensor = inputs[0]
+        *outputs, tape = self.fake([first.to("meta"), *inputs[1:]], options)
+        y_given, tape_given = args[-DIFFERENTIABLE - 2 : -DIFFERENTIABLE]
+        pairs = [(f"d{name}", d, out) for name, d, out in zip(self.outputs, douts, outputs, strict=True)]
+        if y_given is None and self.keeps_y(options):
+            raise ValueError(f"{self.name}: y must be given, got None")
+        for name, given, like in [*pairs, ("y", y_given, outputs[0]), ("tape", tape_given, tape)]:
+            if given is None and name != "tape":
+                continue
+            check_plain(self.name, name, given, first)
+            if like.dim() == 1:
+                if name == "tape":
+                    continue  # Of a cell that needs none: nothing is read of what stands for it.
+                raise ValueError(f"{self.name}: {name} must be absent, as is what it belongs to")
+            if given.shape != like.shape or given.dtype != like.dtype:
+                raise ValueError(
+                    f"{self.name}: {name} must be {like.dtype} {list(like.shape)}, "
+                    f"got {given.dtype} {list(given.shape)}"
+                )
 
     def _split_backward(
         self, args: Sequence[Any]
@@ -229,10 +272,12 @@ class DifferentiableOp:
         inputs, options = self._split(args)
         flat, layout = flatten(inputs)
         if any(map(has_tangent, flat)):
+            self._check(inputs, options)
             return self.reference(inputs, options)
         if torch.is_grad_enabled():
             # A mask is learnt, say.
             if any(tensor.requires_grad for tensor in flatten(inputs[DIFFERENTIABLE:])[0]):
+                self._check(inputs, options)
                 return self.reference(inputs, options)
             if any(tensor.requires_grad for tensor in flat):
                 apply = _Gradient.apply  # torch leaves it without annotations.
@@ -380,6 +425,27 @@ def _needed(inputs: Sequence[Any], grads: Sequence[Any], needs: Sequence[bool]) 
         else first.new_empty(0)
         for grad, need in zip(grads, needs, strict=True)
     )
+
+
+def check_plain(op: str, name: str, tensor: Any, first: Any) -> None:
+    """Raises unless an argument of an op is a strided tensor with memory, on the device of its first one."""
+    if not isinstance(tensor, Tensor) or not isinstance(first, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise ValueError(f"{op}: {name} must be strided, got {tensor.layout}")
+    if tensor.device != first.device:
+        raise ValueError(f"{op}: {name} must be on {first.device}, got {tensor.device}")
+    if _lacks_memory(tensor):
+        raise ValueError(f"{op}: {name} has no memory")
+
+
+def _lacks_memory(tensor: Tensor) -> bool:
+    """Whether memory was given back, as by sharded training between steps: torch's operators read it."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.device.type == "meta":
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor._is_zerotensor():
+        return False
+    return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
 
 
 # Nests of tensors -----------------------------------------------------------------------------------------

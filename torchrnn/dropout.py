@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from torchrnn._native import DTYPES
-from torchrnn.differentiable import has_tangent, loop_over_batch
+from torchrnn.differentiable import check_plain, has_tangent, loop_over_batch
 
 _LIBRARY = torch.library.Library("torchrnn", "FRAGMENT")
 _LIBRARY.define("dropout(Tensor x, Tensor seed, float keep) -> Tensor")
@@ -42,15 +42,19 @@ def dropout(x: Tensor, keep: float, generator: torch.Generator | None = None) ->
         ValueError: If the dtype is not one of the four that torchrnn computes with, or the probability does
             not hold.
     """
-    if x.dtype not in DTYPES:
-        raise ValueError(f"dropout: x must be float32, float64, bfloat16 or float16, got {x.dtype}")
-    if not 2**-32 <= keep <= 1:
-        raise ValueError(f"dropout: keep must be in 2^-32..1, got {keep}")
+    _check(x, keep)
     device = x.device if generator is None else generator.device
     bounds = torch.iinfo(torch.int64)
     seed = torch.randint(bounds.min, bounds.max, (), generator=generator, device=device).to(x.device)
     result: Tensor = torch.ops.torchrnn.dropout(x, seed, keep)
     return result
+
+
+def _check(x: Tensor, keep: float) -> None:
+    if x.dtype not in DTYPES:
+        raise ValueError(f"dropout: x must be float32, float64, bfloat16 or float16, got {x.dtype}")
+    if not 2**-32 <= keep <= 1:
+        raise ValueError(f"dropout: keep must be in 2^-32..1, got {keep}")
 
 
 # Reference ------------------------------------------------------------------------------------------------
@@ -90,7 +94,22 @@ def _reference(x: Tensor, seed: Tensor, keep: float) -> Tensor:
 # Fallback, fake kernel and gradient -----------------------------------------------------------------------
 
 
+def _check_call(x: Tensor, seed: Tensor, keep: float) -> None:
+    """Raises for a direct call that does not hold; the kernels have checks of their own."""
+    for name, tensor in (("x", x), ("seed", seed)):
+        check_plain("dropout", name, tensor, x)
+    _check(x, keep)
+    if seed.dtype != torch.int64 or seed.numel() != 1:
+        raise ValueError(f"dropout: seed must be one int64, got {seed.dtype} {list(seed.shape)}")
+
+
+def _fallback(x: Tensor, seed: Tensor, keep: float) -> Tensor:
+    _check_call(x, seed, keep)
+    return _reference(x, seed, keep)
+
+
 def _fake(x: Tensor, seed: Tensor, keep: float) -> Tensor:
+    _check_call(x, seed, keep)
     return x.new_empty(x.shape)
 
 
@@ -110,19 +129,20 @@ class _Gradient(torch.autograd.Function):
         return None, torch.ops.torchrnn.dropout(dy, seed, ctx.keep), None, None
 
 
-def _autograd(keyset: Any, x: Tensor, seed: Tensor, keep: float) -> Any:
-    if has_tangent(x):
+def _autograd(keyset: Any, x: Tensor | None, seed: Tensor, keep: float) -> Any:
+    if x is not None and has_tangent(x):
+        _check_call(x, seed, keep)
         return _reference(x, seed, keep)
     below = keyset & torch._C._after_autograd_keyset
-    if torch.is_grad_enabled() and x.requires_grad:
+    if x is not None and x.requires_grad and torch.is_grad_enabled():
         apply = _Gradient.apply  # torch leaves it without annotations.
         return apply(below, x, seed, keep)  # type: ignore[no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.torchrnn.dropout.default.redispatch(below, x, seed, keep)
 
 
-_LIBRARY.impl("dropout", _reference, "CompositeExplicitAutograd")
+_LIBRARY.impl("dropout", _fallback, "CompositeExplicitAutograd")
 torch.library.register_fake("torchrnn::dropout", _fake, lib=_LIBRARY)
 _LIBRARY.impl("dropout", _autograd, "Autograd", with_keyset=True)
-_LIBRARY.impl("dropout", _reference, "FuncTorchDynamicLayerFrontMode")
+_LIBRARY.impl("dropout", _fallback, "FuncTorchDynamicLayerFrontMode")
 _LIBRARY.impl("dropout", loop_over_batch(torch.ops.torchrnn.dropout.default), "Batched")

@@ -142,8 +142,9 @@ def unflatten(args: Sequence[Any]) -> tuple[Arguments, Options]:
     places = [sum(there[:i]) for i in range(len(PARTS))]
     parts = [list(weights[at::count]) if has else [] for at, has in zip(places, there, strict=True)]
     a = Arguments._make([x, *parts, *states, None, None])
-    if cell not in _CELL_NAMES or activation not in _ACTIVATION_NAMES:
-        raise ValueError(f"layer: cell {cell} or activation {activation} is not known")
+    path = options[11]
+    if cell not in _CELL_NAMES or activation not in _ACTIVATION_NAMES or not 0 <= path < len(cuda.PATHS):
+        raise ValueError(f"layer: cell {cell}, activation {activation} or path {path} is not known")
     return a, Options(
         _CELL_NAMES[cell], _ACTIVATION_NAMES[activation], cell_clip, proj_clip, norm_eps, reverse
     )
@@ -153,9 +154,12 @@ def _reference(inputs: Sequence[Any], options: Sequence[Any]) -> tuple[Tensor, .
     return reference.layer(*unflatten([*inputs, *options]), options[-1])
 
 
+def _check(inputs: Sequence[Any], options: Sequence[Any]) -> None:
+    check(*unflatten([*inputs, *options]))
+
+
 def _fake(inputs: Sequence[Any], options: Sequence[Any]) -> tuple[Tensor, ...]:
     a, named = unflatten([*inputs, *options])
-    check(a, named, values=False)
     (steps, batch, _), (rows, outputs) = a.x.shape, a.weight_hh[0].shape
     cell, directions = CELLS[named.cell], len(a.weight_hh)
     hidden = rows // cell.gates
@@ -181,6 +185,7 @@ LAYER = DifferentiableOp(
     options=_OPTIONS,
     outputs=("y", "c_all", "h_n", "c_n"),
     reference=_reference,
+    check=_check,
     fake=_fake,
     keeps_y=lambda options: not CELLS[_CELL_NAMES[options[0]]].keeps_output,
 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrnn import _native
-from torchrnn.differentiable import transformed
+from torchrnn.differentiable import check_plain, transformed
 from torchrnn.options import CELLS, Options
 
 _LIBRARY = torch.library.Library("torchrnn", "FRAGMENT")
@@ -27,6 +27,18 @@ _MEMORY = {cell.code: cell.memory for cell in CELLS.values()}
 
 def _layer_packed_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     x, cell, hidden, outputs, directions = args[0], args[6], *args[8:11]
+    for name, tensor in zip(("x", "packed", "h0", "c0", "lengths", "resets"), args, strict=False):
+        if tensor is not None:
+            check_plain("layer_packed", name, tensor, x)
+    if x.dim() != 3:
+        raise ValueError(f"layer_packed: x must be [T, B, I], got {list(x.shape)}")
+    if cell not in _MEMORY:
+        raise ValueError(f"layer_packed: cell {cell} is not known")
+    if hidden < 0 or outputs < 0 or directions not in (1, 2):
+        raise ValueError(
+            "layer_packed: hidden, outputs and directions must be those of a layer, "
+            f"got {hidden}, {outputs} and {directions}"
+        )
     steps, batch, _ = x.shape
     new = x.new_empty
     return (

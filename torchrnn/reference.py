@@ -143,15 +143,12 @@ class _Direction:
         i = torch.sigmoid(first[0]) if first else 1 - f
         c = f * c + i * activation(g)
         c = self._norm(c, 4)
-        if self.options.cell_clip is not None:
-            c = c.clamp(-self.options.cell_clip, self.options.cell_clip)
+        c = _clip(c, self.options.cell_clip)
         if self.peephole is not None:
             o = o + self.peephole[2] * c
         h = torch.sigmoid(o) * activation(c)
         if self.weight_hr is not None:
-            h = F.linear(h, self.weight_hr)
-            if self.options.proj_clip is not None:
-                h = h.clamp(-self.options.proj_clip, self.options.proj_clip)
+            h = _clip(F.linear(h, self.weight_hr), self.options.proj_clip)
         return h, c
 
     def _norm(self, x: Tensor, row: int) -> Tensor:
@@ -294,6 +291,11 @@ def _cut(resets: Tensor | None, alive: Tensor | None, t: int, backwards: bool) -
         return None
     cut = resets[mark].unsqueeze(-1)
     return cut if alive is None or not backwards else cut & alive[mark]
+
+
+def _clip(x: Tensor, bound: float | None) -> Tensor:
+    """Bounds all numbers; a bound beyond those of the dtype is none."""
+    return x if bound is None or bound > torch.finfo(x.dtype).max else x.clamp(-bound, bound)
 
 
 def _keep(new: Tensor, prev: Tensor, share: Tensor | None, d: int, t: int) -> Tensor:

@@ -226,7 +226,7 @@ def reference(inputs: Sequence[Any], options: Sequence[Any]) -> tuple[Tensor, Te
     return y.to(dtype), (h if carries_h else empty).to(dtype), (c if carries_c else empty).to(dtype)
 
 
-def _fake(inputs: Sequence[Any], options: Sequence[Any]) -> tuple[Tensor, ...]:
+def _check(inputs: Sequence[Any], options: Sequence[Any]) -> None:
     wx, u, h0, c0, lengths, mask_h, mask_c = inputs
     code, activation, _ = options
     if not (0 <= code < len(_CELLS) and 0 <= activation < len(_ACTIVATIONS)):
@@ -235,8 +235,12 @@ def _fake(inputs: Sequence[Any], options: Sequence[Any]) -> tuple[Tensor, ...]:
     _check_cell(cell, wx, _ACTIVATIONS[activation])
     _check_tensors(cell, wx, {"h0": h0, "c0": c0, "mask_h": mask_h, "mask_c": mask_c}, u)
     if lengths is not None:
-        check_lengths(cell, wx, lengths, values=False)
-    _, gates, carries_h, carries_c = CELLS[cell]
+        check_lengths(cell, wx, lengths)
+
+
+def _fake(inputs: Sequence[Any], options: Sequence[Any]) -> tuple[Tensor, ...]:
+    wx = inputs[0]
+    _, gates, carries_h, carries_c = CELLS[_CELLS[options[0]]]
     steps, batch, units = wx.size(0), wx.size(1), wx.size(2) // gates
     new = wx.new_empty
     wide = torch.promote_types(wx.dtype, torch.float32)
@@ -259,6 +263,7 @@ SCAN = DifferentiableOp(
     options=("int cell", "int activation", "bool reverse"),
     outputs=("y", "h_n", "c_n"),
     reference=reference,
+    check=_check,
     fake=_fake,
     keeps_y=lambda _: True,
 )  # fmt: skip
