@@ -169,6 +169,7 @@ def _has_values(tensor: Tensor) -> bool:
         or torch.compiler.is_compiling()
         or isinstance(tensor, FakeTensor)
         or torch._C._get_tracing_state() is not None
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None  # Of make_fx.
         or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )
 
