@@ -32,7 +32,7 @@ import torchrnn
 OUTCOMES = ("accepted", "refused", "crashed", "wrong")
 BATCH = 500
 """Calls that a child makes."""
-SECONDS = 20
+SECONDS = 60
 """After which a call is one that does not come to an end."""
 MEMORY = 12 << 30
 """Of a child's addresses: what asks for more is to be refused, not swapped."""

@@ -38,7 +38,7 @@ def test_a_child_that_ends_early_is_noticed() -> None:
     first, second = results_of(output, -11, "")
     assert first[:4] == (7, "layer", "layer()", "accepted")
     assert second == (8, "pack", "pack()", "crashed", "SIGSEGV")
-    assert results_of(output, -14, "")[1].why == "no end in 20 s"
+    assert results_of(output, -14, "")[1].why == "no end in 60 s"
     counts = table([first, second]).splitlines()
     assert counts[0].split() == ["op", "calls", *OUTCOMES]
     assert counts[-1].split() == ["all", "2", "1", "0", "1", "0"]
