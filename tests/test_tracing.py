@@ -83,6 +83,16 @@ class WithPacking(nn.Module):
         return pad_packed_sequence(y)[0], h, c
 
 
+class Sorted(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Any]:
+        y, state = self.layer(pack_padded_sequence(x, lengths))
+        return pad_packed_sequence(y)[0], state
+
+
 class Unrolled(nn.Module):
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -169,6 +179,18 @@ def test_trace_with_lengths_and_resets(mode: str) -> None:
     args = x, torch.tensor([0, 6, 2]), torch.rand(6, 3) < 0.5
     assert_computes(traced, model, *args)
     assert_trains(traced, model, *args)
+
+
+@RECORDED_IN
+@pytest.mark.parametrize("batch", [2, 4])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_trace_of_sequences_that_are_sorted(name: str, batch: int, mode: str) -> None:
+    """Whose packing does not say how many there are but by its first number of rows."""
+    model = Sorted(getattr(torchrnn, name)(3, 5))
+    with MODES[mode]():
+        traced = torch.jit.trace(model, (torch.randn(4, 3, 3), torch.tensor([4, 2, 1])))
+        x, lengths = torch.randn(6, batch, 3), torch.tensor([6, 5, 5, 1][:batch])
+        assert_close(traced(x, lengths), model(x, lengths))
 
 
 @RECORDED_IN

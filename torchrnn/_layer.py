@@ -58,7 +58,7 @@ class _Packing:
     def of(cls, packed: PackedSequence) -> _Packing:
         """Reads off the layout; B counts rows of length zero if ``sorted_indices`` names them."""
         data, sizes, order, inverse = packed
-        batch = int(sizes[0]) if order is None else order.numel()
+        batch = _batch_size(sizes, order)
         alive = torch.arange(batch, device=sizes.device) < sizes.unsqueeze(
             1
         )  # [T, B], columns in the order of falling length
@@ -81,6 +81,15 @@ class _Packing:
     def unpad(self, padded: Tensor) -> Tensor:
         """Turns [T, B, F] into [N, F]."""
         return padded.flatten(0, 1).index_select(0, self.rows)
+
+
+def _batch_size(sizes: Tensor, order: Tensor | None) -> int:
+    if order is not None:
+        return order.numel()
+    if torch.jit.is_tracing():
+        end: Any = sizes[0]
+        return torch.arange(end, device=sizes.device).size(0)  # Traces record a size, and keep a number.
+    return int(sizes[0])
 
 
 class Layer(Prepackable, nn.RNNBase):
@@ -249,7 +258,7 @@ class Layer(Prepackable, nn.RNNBase):
         self, packed: PackedSequence, hx: Any, resets: Tensor | None
     ) -> tuple[PackedSequence, Any]:
         data, sizes, order, inverse = packed
-        batch = int(sizes[0]) if order is None else order.numel()
+        batch = _batch_size(sizes, order)
         states = self._states(hx)
         for i, state in enumerate(states):
             if not isinstance(state, Tensor):

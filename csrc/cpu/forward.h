@@ -119,6 +119,10 @@ struct Forward {
     const T** left;    // [max(rows of a slice, kRowBlock)], rows of a product
     const T** inputs;  // [rows of a slice], rows of x
     T* acc;            // [kRowBlock, panel width]
+    // Null unless a panel is packed just before its use: what is multiplied in one step only does not pay to
+    // be written to memory and read again.
+    T* input_panel;      // [I, panel width]
+    T* recurrent_panel;  // [R, panel width]
   };
 
   const LayerParams<T>& p;
@@ -154,14 +158,15 @@ struct Forward {
     // have rows enough to use each weight that it reads several times.
     const int64_t chunk_rows = max64(96, (512 * 1024) / max64(1, G * p.hidden * int64_t(sizeof(T))));
     const T* packed = p.packed;
+    const int64_t all_rows = p.steps * p.batch;
+    const bool by_panel = packed == nullptr && p.steps == 1 && kSameUnits && plan.row_parts == 1;
     for (int d = 0; d < p.directions; ++d) {
       W& w = weights[d];
       w = W(p, d, zeros);
       if (p.packed != nullptr) {
         packed += w.place(p, const_cast<T*>(packed), INT64_MAX);
       } else {
-        const int64_t rows = p.steps * p.batch;
-        w.place(p, arena.template get<T>(w.place(p, nullptr, rows)), rows);
+        w.place(p, arena.template get<T>(w.place(p, nullptr, all_rows, by_panel)), all_rows, by_panel);
         w.add_biases(p, d);
       }
       ForwardState<T>& s = state[d];
@@ -183,11 +188,15 @@ struct Forward {
     }
     for (int64_t k = 0; k < widest; ++k) zeros[k] = T(0);
     const int64_t rows = ceil_div(p.batch, plan.row_parts);
+    const auto panel = [&](int64_t depth, int64_t width) {
+      return by_panel && all_rows >= pack_from(depth) ? arena.template get<T>(depth * width) : nullptr;
+    };
     scratch = arena.template get<Scratch>(threads);
     for (int i = 0; i < threads; ++i)
-      scratch[i] = {arena.template get<StepRow<T>>(rows),
-                    arena.template get<const T*>(max64(rows, kRowBlock)), arena.template get<const T*>(rows),
-                    arena.template get<T>(kRowBlock * 4 * N)};
+      scratch[i] = {
+          arena.template get<StepRow<T>>(rows), arena.template get<const T*>(max64(rows, kRowBlock)),
+          arena.template get<const T*>(rows),   arena.template get<T>(kRowBlock * 4 * N),
+          panel(p.inputs, Input::kWidth),       panel(p.outputs, Recurrent::kWidth)};
   }
 
   // How many threads have something to do.
@@ -199,7 +208,8 @@ struct Forward {
   // The stages of a step, each a phase of a group of rows, and before them, for a few steps at a time, their
   // input projection, if it is not made panel by panel within the first.
   int64_t stages() const { return 1 + kNormed + has_second(); }
-  bool is_fused(int d) const { return state[d].chunk == 1 && int(Input::kUnits) == int(Recurrent::kUnits); }
+  static constexpr bool kSameUnits = int(Input::kUnits) == int(Recurrent::kUnits);  // in a panel
+  bool is_fused(int d) const { return state[d].chunk == 1 && kSameUnits; }
   int64_t phases(int d) const {
     const int64_t steps = state[d].rows.longest();
     return steps * stages() + (is_fused(d) ? 0 : ceil_div(steps, state[d].chunk));
@@ -232,6 +242,8 @@ struct Forward {
     const T** const left;
     const T** const inputs;
     T* const acc;
+    T* const input_panel;
+    T* const recurrent_panel;
     const bool fused;  // each panel's input projection is made just before its recurrent product
     const bool added;  // and that is added to it at once
 
@@ -248,6 +260,8 @@ struct Forward {
           left(scratch.left),
           inputs(scratch.inputs),
           acc(scratch.acc),
+          input_panel(scratch.input_panel),
+          recurrent_panel(scratch.recurrent_panel),
           fused(forward.is_fused(direction)),
           added(fused && !kNormed && C::kHiddenBias < 0) {}
 
@@ -319,14 +333,16 @@ struct Forward {
         }
         const Sweep panels(slice.units(weights.input.panels()), blocks++);
         for (int64_t n = 0; n < panels.size() && count > 0; ++n)
-          project_panel(panels[n], panels[n + 1], count, left, [&](int64_t r) { return out[r]; });
+          project_panel(weights.input, panels[n], panels[n + 1], count, left,
+                        [&](int64_t r) { return out[r]; });
       }
     }
 
     // wx = W x + b for one panel of units and `count` rows of x, row r to out(r).
     template <typename Out>
-    RNN_FN void project_panel(int64_t j, int64_t next, int64_t count, const T* const* rows, const Out& out) {
-      weights.input.product(j, next, count, rows, acc);
+    RNN_FN void project_panel(const Input& input, int64_t j, int64_t next, int64_t count,
+                              const T* const* rows, const Out& out) {
+      input.product(j, next, count, rows, acc);
       for (int v = 0; v < Input::kUnits / N; ++v) {
         const int64_t unit = j * Input::kUnits + v * N;
         V::with_lanes(p.hidden - unit, [&](auto m) {
@@ -365,16 +381,18 @@ struct Forward {
     }
 
     void first_half(int64_t s, int64_t count) {
-      const Recurrent& matrix = weights.recurrent;
-      const Sweep panels(slice.units(matrix.panels()), s + f.turn);
-      for (int64_t n = 0; n < panels.size(); ++n)
+      const Sweep panels(slice.units(weights.recurrent.panels()), s + f.turn);
+      for (int64_t n = 0; n < panels.size(); ++n) {
+        const int64_t j = panels[n], after = recurrent_panel == nullptr ? panels[n + 1] : j;
+        const Input input = weights.input.at_panel(j, input_panel);
+        const Recurrent matrix = weights.recurrent.at_panel(j, recurrent_panel);
         for (int64_t i0 = 0; i0 < count; i0 += kRowBlock) {
-          const int64_t j = panels[n], block = min64(kRowBlock, count - i0);
+          const int64_t block = min64(kRowBlock, count - i0);
           if (added)
-            weights.input.product(j, j, block, inputs + i0, acc);
+            input.product(j, j, block, inputs + i0, acc);
           else if (fused)
-            project_panel(j, j, block, inputs + i0, [&](int64_t r) { return step[i0 + r].wx; });
-          matrix.product(j, i0 + block < count ? j : panels[n + 1], block, left + i0, acc, added);
+            project_panel(input, j, j, block, inputs + i0, [&](int64_t r) { return step[i0 + r].wx; });
+          matrix.product(j, i0 + block < count ? j : after, block, left + i0, acc, added);
           for (int v = 0; v < U; ++v) {
             const int64_t unit = j * Recurrent::kUnits + v * N;
             V::with_lanes(p.hidden - unit, [&](auto m) {
@@ -391,6 +409,7 @@ struct Forward {
             });
           }
         }
+      }
     }
 
     // The cell on one vector of units of row i, whose recurrent sums are sums[G][N].

@@ -300,8 +300,9 @@ struct GateMatrix {
 
   const T* weight;  // [G*H, K]
   int64_t hidden, depth;
-  const T* zeros;  // [K]
-  T* packed;       // panels() * K * kWidth values, or null to multiply without packing
+  const T* zeros;     // [K]
+  T* packed;          // [panels][K][kWidth], or null to multiply without packing
+  int64_t first = 0;  // the panel that `packed` begins with
 
   int64_t panels() const { return ceil_div(hidden, kUnits); }
   int64_t packed_size() const { return panels() * depth * kWidth; }
@@ -320,16 +321,26 @@ struct GateMatrix {
     const T* column[kWidth];
     for (int64_t j = begin; j < end; ++j) {
       columns(j, column);
-      pack_transposed(column, kWidth, depth, packed + j * depth * kWidth);
+      pack_transposed(column, kWidth, depth, packed + (j - first) * depth * kWidth);
     }
   }
 
-  // acc[count][kWidth] (+)= rows times panel j; the next call is for panel `next`.
+  // The same matrix with panel j alone packed, into `room`, if there is some.
+  GateMatrix at_panel(int64_t j, T* room) const {
+    GateMatrix result = *this;
+    if (room != nullptr) {
+      result.packed = room, result.first = j;
+      result.pack(j, j + 1);
+    }
+    return result;
+  }
+
+  // acc[count][kWidth] (+)= rows times panel j; the next call is for panel `next`, if that is packed.
   void product(int64_t j, int64_t next, int64_t count, const T* const* rows, T* acc,
                bool accumulate = false) const {
     if (packed != nullptr)
-      return panel_product<T, G * U>(count, rows, packed + j * depth * kWidth, depth, acc, accumulate,
-                                     packed + next * depth * kWidth);
+      return panel_product<T, G * U>(count, rows, packed + (j - first) * depth * kWidth, depth, acc,
+                                     accumulate, packed + (next - first) * depth * kWidth);
     for (int u = 0; u < U; ++u) {
       const int64_t unit = j * kUnits + u * kLanesPerVector, n = min64(hidden - unit, kLanesPerVector);
       for (int g = 0; g < G; ++g) {

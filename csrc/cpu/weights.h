@@ -39,8 +39,8 @@ struct Weights {
   Weights() = default;
 
   // Gives the parts their places in `memory` and returns the size of all. A matrix has one if packing it pays
-  // for a call with so many rows.
-  int64_t place(const LayerParams<T>& p, T* memory, int64_t rows) {
+  // for a call with so many rows; of the matrices of units if they are not packed panel by panel.
+  int64_t place(const LayerParams<T>& p, T* memory, int64_t rows, bool by_panel = false) {
     constexpr int64_t kLine = 64 / sizeof(T);
     int64_t used = 0;
     const auto take = [&](int64_t count) {
@@ -53,8 +53,8 @@ struct Weights {
     const auto place_matrix = [&](auto& matrix) {
       if (rows >= pack_from(matrix.depth)) matrix.packed = take(matrix.packed_size());
     };
-    place_matrix(input);
-    place_matrix(recurrent);
+    if (!by_panel) place_matrix(input);
+    if (!by_panel) place_matrix(recurrent);
     if (second.hidden > 0) place_matrix(second);
     return used;
   }
