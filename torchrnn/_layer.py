@@ -86,7 +86,7 @@ class _Packing:
 def _batch_size(sizes: Tensor, order: Tensor | None) -> int:
     if order is not None:
         return order.numel()
-    if torch.jit.is_tracing():
+    if torch._C._get_tracing_state() is not None:
         end: Any = sizes[0]
         return torch.arange(end, device=sizes.device).size(0)  # Traces record a size, and keep a number.
     return int(sizes[0])
