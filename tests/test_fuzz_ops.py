@@ -8,7 +8,7 @@ from fuzz_ops import OUTCOMES, fuzz, results_of, table
 
 pytestmark = needs_kernels
 
-CALLS = 1000
+CALLS = 1200
 SEED = 1
 
 

@@ -329,9 +329,13 @@ class Layer(Prepackable, nn.RNNBase):
         Which is so where ``torch.nn`` lets him: it keeps the output itself only where oneDNN trains the LSTM,
         in one direction.
         """
-        if self.mode != "LSTM" or self.recompute or packing is not None or not y.requires_grad:
+        if self.mode != "LSTM" or self.recompute or packing is not None:
             return False
-        return self.bidirectional or self.proj_size > 0 or y.dtype not in (torch.float32, torch.bfloat16)
+        if torch.compiler.is_compiling():  # Compilers write to nothing in place.
+            return False
+        if not self.bidirectional and self.proj_size == 0 and y.dtype in (torch.float32, torch.bfloat16):
+            return False
+        return y.requires_grad or torch._C._get_tracing_state() is not None  # A trace is for all grad modes.
 
     def _stacked(self, finals: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
         """Returns the final states of all layers, from ``(h_n, c_n)`` of each."""

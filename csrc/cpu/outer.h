@@ -23,10 +23,9 @@ struct ColumnMatrix {
   int64_t depth() const { return blocks * block_rows; }
   int64_t panels() const { return ceil_div(columns, kWidth); }
   int64_t packed_size() const { return (panels() - first_packed) * depth() * kWidth; }
-  const T* row(int64_t k) const {
-    const int64_t q = (k / block_rows + rotate) % blocks;
-    return weight + (q * block_rows + k % block_rows) * stride;
-  }
+  // The first row of block q of the product.
+  const T* block(int64_t q) const { return weight + (q + rotate) % blocks * block_rows * stride; }
+  const T* row(int64_t k) const { return block(k / block_rows) + k % block_rows * stride; }
 
   // Columns of a panel: the last one is half as wide if that is enough.
   static constexpr int64_t panel_width(int64_t left) { return left <= kWidth / 2 ? kWidth / 2 : kWidth; }
@@ -62,8 +61,8 @@ struct ColumnMatrix {
     for (int64_t q = 0; q < blocks; ++q)
       for (int64_t r = 0; r < count;) {
         const int64_t height = min64(count - r, tile_rows(4));
-        fma_tile_rows<T, 4>(height, rows + r, q * block_rows, row(q * block_rows) + j * kWidth, stride,
-                            block_rows, acc + r * kWidth, kWidth, accumulate || q > 0);
+        fma_tile_rows<T, 4>(height, rows + r, q * block_rows, block(q) + j * kWidth, stride, block_rows,
+                            acc + r * kWidth, kWidth, accumulate || q > 0);
         r += height;
       }
   }
