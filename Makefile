@@ -43,7 +43,7 @@ FALLBACK_TESTS := $(addprefix tests/test_,$(addsuffix .py,parity ops native modu
 # Tests of the CUDA sources that need a compiler for the host and no GPU: they are a part of cuda-check.
 HOST_TESTS := $(wildcard tests/test_cuda_*.py tests/cuda/test_*.py)
 
-test: $(VENV)/.with-test build/.extension ## Run the tests but those of cuda-check (nine minutes on two cores); ARGS goes to pytest.
+test: $(VENV)/.with-test build/.extension ## Run the tests but those of cuda-check (fifteen minutes on two cores); ARGS goes to pytest.
 	@status=0; \
 	$(BIN)/python -m pytest -q -n $(JOBS) $(addprefix --ignore=,$(HOST_TESTS)) $(ARGS) || status=1; \
 	TORCHRNN_PURE=1 $(BIN)/python -m pytest -q -n $(JOBS) $(FALLBACK_TESTS) $(ARGS) || status=1; \

@@ -55,7 +55,7 @@ def walk(
         else:
             (r, z, n), (rh_r, rh_z, rh_n) = wx.chunk(3, -1), rh.chunk(3, -1)
             r = torch.sigmoid(r + rh_r)
-            tape = [r, torch.sigmoid(z + rh_z), torch.tanh(n + r * rh_n), rh_n]
+            tape = [r, torch.sigmoid(z + rh_z), torch.tanh(n + r * rh_n), rh_n, h_new]
         seen.append(torch.cat([*tape, h], -1).detach())
         return h_new, c_new
 
