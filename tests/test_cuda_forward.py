@@ -19,7 +19,7 @@ from torch import Tensor
 from torchrnn import reference
 from torchrnn.options import Options
 
-TAPE = {"lstm": 5, "gru": 4}
+TAPE = {"lstm": 5, "gru": 5}
 GUARD = 64  # Elements before and after an array, to see accesses out of bounds.
 MAPS = ["buckets", "weights", "operand", "sums", "owners", "backward_sums", "batch_tails", "parities"]
 
