@@ -50,14 +50,12 @@ struct Weights {
     };
     bias_x = take(G * p.hidden);
     bias_h = C::kHiddenBias >= 0 ? take(p.hidden) : nullptr;
-    const auto place_matrix = [&](auto& matrix, int64_t times) {
-      if (times >= pack_from(matrix.depth)) matrix.packed = take(matrix.packed_size());
+    const auto place_matrix = [&](auto& matrix) {
+      if (rows >= pack_from(matrix.depth)) matrix.packed = take(matrix.packed_size());
     };
-    // One row a step takes all its time to read the weights, which as they lie is little slower.
-    const int64_t step_rows = p.batch == 1 ? rows / 4 : rows;
-    if (!by_panel) place_matrix(input, rows);
-    if (!by_panel) place_matrix(recurrent, step_rows);
-    if (second.hidden > 0) place_matrix(second, step_rows);
+    if (!by_panel) place_matrix(input);
+    if (!by_panel) place_matrix(recurrent);
+    if (second.hidden > 0) place_matrix(second);
     return used;
   }
 
