@@ -16,7 +16,7 @@ from bench.adapters.loop import CompiledLoop
 from bench.adapters.onnx import OnnxRuntime, OpenVino
 from bench.adapters.prepacked import Prepacked
 from bench.adapters.problem import TORCH_LAYERS, Peer, Problem, Run, grad_mode, kinds, make_problem
-from bench.cases import TF_PRODUCTS, Case
+from bench.cases import PREPACKED, TF_PRODUCTS, Case
 
 __all__ = [
     "EXACT",
@@ -65,7 +65,7 @@ PEERS: tuple[Peer, ...] = (
     OnnxRuntime(),
     OpenVino(),
     WIDE,
-    Prepacked("torchrnn prepacked", LAYERS, lengths_forward),
+    Prepacked(PREPACKED, LAYERS, lengths_forward),
     LOOP,
     PLAIN,
 )

@@ -1,6 +1,7 @@
 """Random calls of every op: valid ones, and what spoils their arguments.
 
-A call follows from a seed and its number alone, so that each can be made again.
+A call follows from a seed and its number alone, so that each can be made again. One file, as the valid
+arguments of the ops and what spoils them go through the same schemas.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What becomes of a call of an op, and what must: the reference's results, or an error that names it."""
+"""What becomes of a call of an op, and what must: the reference's results, or an error that names it.
+
+One file, as every op's reference and the rules for its errors read the same call.
+"""
 
 from __future__ import annotations
 
@@ -327,8 +330,9 @@ def _refusal(call: Call, error: Exception) -> tuple[str, str]:
         return "wrong", f"raises {said}"
     if call.context == "vmap" and call.op not in MAPPED:
         return "refused", said
-    # Of the dispatcher, where there is no kernel for a layout, a device or an empty list.
-    has_no_kernel = isinstance(error, NotImplementedError) and f"torchrnn::{call.op}" in text
+    # Of the dispatcher, where a layout, a device or an empty list has no kernel; a valid call has one.
+    has_no_kernel = bool(call.changes or call.context) and isinstance(error, NotImplementedError)
+    has_no_kernel = has_no_kernel and f"torchrnn::{call.op}" in text
     # torch hands over a tensor that is not defined, and has words of its own about it.
     is_of_torch = any(_is_none(value, schema(call.op)[name]) for name, value in call.arguments.items())
     # So it does about two subclasses in one call.
@@ -345,7 +349,7 @@ def _refusal(call: Call, error: Exception) -> tuple[str, str]:
 def _reference_refuses(call: Call) -> bool:
     try:
         reference(call)
-    except Exception:
+    except Exception:  # Of any kind: torch's operators, of which it is made, refuse in many ways.
         return True
     return False
 

@@ -1,4 +1,7 @@
-"""The bench: its cases, peers, statistics and floors, and a quick run. No timing is asserted."""
+"""The bench: its cases, peers, statistics and floors, and a quick run. No timing is asserted.
+
+One file, as most sections run the same few cases.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""prepack: the numbers of a model as it is, from weights that are constants; and what ends it."""
+"""prepack: the numbers of a model as it is, from weights that are constants; and what ends it.
+
+One file, as all sections count the calls that run on what was packed.
+"""
 
 from __future__ import annotations
 

@@ -180,12 +180,17 @@ def gradients(result: Tensor, wanted: list[Tensor], **kwargs: Any) -> list[Tenso
     return list(torch.autograd.grad(result, wanted, allow_unused=True, **kwargs))
 
 
+def subject(model: str) -> tuple[nn.Module, Tensor, list[Tensor]]:
+    """Returns a module, its input, and what gradients are wanted by."""
+    module = MODELS[model]()
+    x = torch.randn(5, 2, 3, requires_grad=True)
+    return module, x, [x, *module.parameters()]
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("model", MODELS)
 def test_gradients_are_those_of_the_plain_call(model: str, way: str) -> None:
-    module = MODELS[model]()
-    x = torch.randn(5, 2, 3, requires_grad=True)
-    wanted = [x, *module.parameters()]
+    module, x, wanted = subject(model)
     expected = gradients(run(module, x), wanted)
     run(WAYS[way](module), x).backward()  # autograd.grad is not for the reentrant way.
     torch.testing.assert_close([w.grad for w in wanted], expected)
@@ -193,9 +198,7 @@ def test_gradients_are_those_of_the_plain_call(model: str, way: str) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_weights_may_be_written_to_where_mutation_is_allowed(model: str) -> None:
-    module = MODELS[model]()
-    x = torch.randn(5, 2, 3, requires_grad=True)
-    wanted = [x, *module.parameters()]
+    module, x, wanted = subject(model)
     expected = gradients(run(module, x), wanted)
     with graph.allow_mutation_on_saved_tensors():
         result = run(module, x)
@@ -208,9 +211,7 @@ def test_weights_may_be_written_to_where_mutation_is_allowed(model: str) -> None
 @pytest.mark.parametrize("way", [way for way in WAYS if way not in ONCE])
 @pytest.mark.parametrize("model", MODELS)
 def test_a_graph_that_is_retained(model: str, way: str) -> None:
-    module = MODELS[model]()
-    x = torch.randn(5, 2, 3, requires_grad=True)
-    wanted = [x, *module.parameters()]
+    module, x, wanted = subject(model)
     result = run(WAYS[way](module), x)
     first = gradients(result, wanted, retain_graph=True)
     torch.testing.assert_close(gradients(result, wanted), first)
@@ -251,9 +252,7 @@ def test_hooks_that_are_disabled_are_not_needed(model: str) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_backward_reads_only_what_hooks_give_it(model: str) -> None:
-    module = MODELS[model]()
-    x = torch.randn(5, 2, 3, requires_grad=True)
-    wanted = [x, *module.parameters()]
+    module, x, wanted = subject(model)
     expected = gradients(run(module, x), wanted)
     with graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor):
         result = run(module, x)

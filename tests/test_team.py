@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -131,6 +132,20 @@ def python(program: str, **environment: str) -> subprocess.CompletedProcess[str]
         timeout=300,
         check=False,
     )
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kernels_flush_denormals(dtype: torch.dtype) -> None:
+    layer = torchrnn.RNN(1, 1, nonlinearity="relu", bias=False, dtype=dtype)
+    smallest = torch.finfo(dtype).tiny
+    with torch.no_grad():
+        layer.weight_ih_l0.fill_(1)
+        for isa in _native.isas():
+            with _native.use_isa(isa):
+                y = layer(torch.tensor([smallest, smallest / 2], dtype=dtype).view(1, 2, 1))[0]
+                assert y.flatten().tolist() == [smallest, 0.0], isa
+    assert (torch.tensor(smallest, dtype=dtype) / 2).item() > 0, "the caller's own flags are as they were"
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux does")

@@ -1,6 +1,7 @@
 """Recorded models: torch.jit.trace, torch.export, AOTInductor, make_fx and torch.compile.
 
-Whatever the grad mode they were recorded in, they compute, train and are frozen as the model itself.
+Whatever the grad mode they were recorded in, they compute, train and are frozen as the model itself. One
+file, as the recorders share their models and what is asked of a record.
 """
 
 from __future__ import annotations
@@ -129,6 +130,15 @@ def assert_trains(program: Any, model: nn.Module, *args: Any) -> None:
             assert_close(found[key], grad, msg=lambda text, key=key: f"{key}: {text}")
 
 
+def assert_serves(recorded: Callable[..., Any], model: Model) -> None:
+    """Asserts both for other sizes than those of the record."""
+    for steps, batch in ((4, 3), (6, 2), (1, 1)):
+        x = example(model.inner, steps, batch, requires_grad=True)
+        assert_computes(recorded, model, x)
+        if batch > 1:
+            assert_trains(recorded, model, x)
+
+
 # torch.jit.trace ------------------------------------------------------------------------------------------
 
 
@@ -140,11 +150,7 @@ def test_trace(name: str, training: bool, mode: str) -> None:
     with MODES[mode]():
         traced = torch.jit.trace(model, (example(model.inner),))
     assert "torchrnn::layer(" in str(traced.inlined_graph)
-    for steps, batch in ((4, 3), (6, 2), (1, 1)):
-        x = example(model.inner, steps, batch, requires_grad=True)
-        assert_computes(traced, model, x)
-        if batch > 1:
-            assert_trains(traced, model, x)
+    assert_serves(traced, model)
 
 
 @RECORDED_IN
@@ -301,12 +307,7 @@ def test_export(name: str, strict: bool, mode: str) -> None:
     layers = getattr(model.inner, "num_layers", 1)
     ops = [str(node.target) for node in exported.graph.nodes if "torchrnn" in str(node.target)]
     assert ops == ["torchrnn.layer.default"] * layers
-    program = exported.module()
-    for steps, batch in ((4, 3), (6, 2), (1, 1)):
-        x = example(model.inner, steps, batch, requires_grad=True)
-        assert_computes(program, model, x)
-        if batch > 1:
-            assert_trains(program, model, x)
+    assert_serves(exported.module(), model)
 
 
 @RECORDED_IN

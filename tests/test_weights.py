@@ -1,4 +1,7 @@
-"""What a call computes is a function of what is in memory then: a weight may be written to in any way."""
+"""What a call computes is a function of what is in memory then: a weight may be written to in any way.
+
+One file, as every way is tried on the same subjects.
+"""
 
 from __future__ import annotations
 

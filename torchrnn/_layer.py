@@ -1,7 +1,8 @@
 """What the layers share: the ``torch.nn`` contract around one ``ops.layer`` call per layer.
 
 Letters: T steps, B batch rows, L layers, D directions (1 or 2), I inputs, H hidden units, P projected
-outputs, R = P if there is a projection, else H; N rows of a PackedSequence.
+outputs, R = P if there is a projection, else H; N rows of a PackedSequence. Over 400 lines because torch.nn's
+class has so many duties.
 """
 
 from __future__ import annotations

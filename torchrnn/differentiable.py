@@ -13,6 +13,8 @@ eager calls, inside ``torch.compile`` and for direct calls of the ops alike:
 
 NAME itself has no kernels but those in Python, since TorchScript shares lists of tensors between calls, which
 torch's stable ABI empties when it hands them to a kernel in C++.
+
+Over 400 lines because the four ops of a family and their gradients are one mechanism.
 """
 
 from __future__ import annotations
@@ -271,7 +273,7 @@ class DifferentiableOp:
     def _autograd(self, keyset: Any, *args: Any) -> Any:
         inputs, options = self._split(args)
         flat, layout = flatten(inputs)
-        if any(map(has_tangent, flat)):
+        if has_tangent(*flat):
             self._check(inputs, options)
             return self.reference(inputs, options)
         if torch.is_grad_enabled():
@@ -288,7 +290,7 @@ class DifferentiableOp:
     def _backward_autograd(self, keyset: Any, *args: Any) -> Any:
         flat, layout = flatten(args[: self.results + self.count])
         kept, _ = flatten(args[-DIFFERENTIABLE - 2 : -DIFFERENTIABLE])
-        if any(map(has_tangent, flat)):
+        if has_tangent(*flat):
             return self._backward_by_reference(args, torch.is_grad_enabled())
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in [*flat, *kept]):
             rest = args[self.results + self.count :]
@@ -392,9 +394,12 @@ def _point(tensor: Tensor) -> Tensor:
     return view if view.requires_grad else view.requires_grad_()
 
 
-def has_tangent(tensor: Tensor) -> bool:
-    """Whether a tensor is a dual number of forward-mode differentiation."""
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+def has_tangent(*tensors: Tensor) -> bool:
+    """Whether one of the tensors is a dual number of forward-mode differentiation."""
+    # First what is the same for all of them, as most calls end there.
+    return forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    )
 
 
 def _spread(grads: Sequence[Any], variables: Sequence[Any]) -> list[Tensor | None]:

@@ -4,6 +4,8 @@ The cells keep TensorFlow's layout, so numbers go over as they are. What goes fo
 pair ``(cell_fw, cell_bw)``, whose variables stand below fw/ and bw/, and for a stack of bidirectional layers:
 a list of such pairs, or a tuple of the two lists that ``stack_bidirectional_dynamic_rnn`` takes, below
 cell_0/bidirectional_rnn/fw/ and so on.
+
+Over 400 lines because the names of all versions are read side by side.
 """
 
 from __future__ import annotations
